@@ -1,0 +1,145 @@
+"""From a configuration to the parts of a run: environment, actor, loss, update, collector, replay buffer."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from torch.optim import Adam
+from torchrl.collectors import Collector
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEnv
+from torchrl.modules import ValueOperator
+from torchrl.objectives import SoftUpdate
+
+from envs import make_env
+from nclql_torchrl.actor import LangevinActor
+from nclql_torchrl.critic import NoiseConditionedQNetwork
+from nclql_torchrl.loss import NCLQLLoss
+from nclql_torchrl.schedule import NoiseSchedule
+from nclql_torchrl.training.config import ConfigError, TrainConfig
+from nclql_torchrl.update import NCLQLUpdate
+
+
+def make_device(name: str) -> torch.device:
+    """The device of ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+
+    Raises:
+        ConfigError: for a device that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda or cuda:<index>.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+def make_train_env(config: TrainConfig, device: torch.device) -> TransformedEnv:
+    """The training environments, batch size [num_envs], with episode returns and lengths."""
+    env = make_env(config.env.task, config.env.num_envs, engine=config.env.engine, device=device, seed=config.seed)
+    return TransformedEnv(env, Compose(RewardSum(), StepCounter()))
+
+
+def make_actor(
+    config: TrainConfig, env: EnvBase, device: torch.device, loss: NCLQLLoss | None = None, diagnostics: bool = False
+) -> LangevinActor:
+    """The Langevin actor for an environment's observations and actions.
+
+    Args:
+        config: the run.
+        env: gives the sizes and the action bounds.
+        device: where the critics live.
+        loss: when given, the actor reads the critics that this loss trains; otherwise it brings fresh ones.
+        diagnostics: whether the actor also writes what its chains did.
+    """
+    spec = env.action_spec_unbatched
+    assert isinstance(spec, Bounded)
+    (observation_dim,) = env.observation_spec_unbatched["observation"].shape
+
+    def critic() -> ValueOperator:
+        network = NoiseConditionedQNetwork(
+            observation_dim,
+            spec.shape[-1],
+            config.network.hidden_sizes,
+            action_low=spec.space.low.to(device),
+            action_high=spec.space.high.to(device),
+            device=device,
+        )
+        return ValueOperator(network, in_keys=["observation", "action", "level"])
+
+    sampler = config.sampler
+    return LangevinActor(
+        [critic() for _ in range(config.network.num_critics)] if loss is None else loss.qvalue_network,
+        None if loss is None else loss.qvalue_network_params,
+        spec=spec.to(device),
+        schedule=NoiseSchedule(sampler.num_levels, sampler.sigma_max, sampler.sigma_min, sampler.step_lr),
+        steps_per_level=sampler.steps_per_level,
+        w=sampler.w,
+        normalize_gradient=sampler.normalize_gradient,
+        num_particles=sampler.num_particles,
+        deterministic_num_particles=sampler.deterministic_num_particles,
+        ensemble_reduction=sampler.ensemble_reduction,  # pyright: ignore[reportArgumentType]
+        boundary=sampler.boundary,  # pyright: ignore[reportArgumentType]
+        execution=sampler.execution,  # pyright: ignore[reportArgumentType]
+        diagnostics=diagnostics,
+    )
+
+
+def make_loss(config: TrainConfig, actor: LangevinActor) -> NCLQLLoss:
+    """The NC-LQL loss with its target networks."""
+    loss = NCLQLLoss(
+        actor,
+        delay_actor=config.optim.delay_actor,
+        reward_scale=config.optim.reward_scale,
+        target_num_particles=config.sampler.target_num_particles,
+        clip_noisy_action=config.optim.clip_noisy_action,
+    )
+    loss.make_value_estimator(gamma=config.optim.gamma)
+    return loss
+
+
+def make_update(config: TrainConfig, loss: NCLQLLoss) -> NCLQLUpdate:
+    """The update: Adam, then the soft step of the targets."""
+    optimizer = Adam(loss.parameters(), lr=config.optim.lr)
+    target_updater = SoftUpdate(loss, eps=config.optim.target_update_polyak)
+    return NCLQLUpdate(loss, optimizer, target_updater, mode=config.optim.update)  # pyright: ignore[reportArgumentType]
+
+
+def make_collector(config: TrainConfig, env: EnvBase, actor: LangevinActor, device: torch.device) -> Collector:
+    """Endless collection, [num_envs, time] transitions at a time; the training loop decides when to stop."""
+    return Collector(
+        env,
+        actor,
+        frames_per_batch=config.collector.frames_per_batch or config.env.num_envs,
+        total_frames=-1,
+        init_random_frames=config.collector.init_random_frames,
+        device=device,
+        # Trajectory numbers cost a host synchronisation per step on a GPU, and nothing here reads them.
+        track_traj_ids=False,
+        # The actor is no recurrent policy: it needs no transforms of the environment.
+        auto_register_policy_transforms=False,
+    )
+
+
+def make_replay_buffer(config: TrainConfig, device: torch.device) -> TensorDictReplayBuffer:
+    """Uniform replay of single transitions, kept on the learner's device."""
+    return TensorDictReplayBuffer(
+        storage=LazyTensorStorage(config.replay_buffer.size, device=device), batch_size=config.optim.batch_size
+    )
+
+
+def sample(replay_buffer: TensorDictReplayBuffer) -> TensorDictBase:
+    """One batch from replay.
+
+    Raises:
+        ValueError: if the buffer is empty.
+    """
+    if len(replay_buffer) == 0:
+        raise ValueError(
+            "The replay buffer holds 0 transitions; expected at least 1 before sampling. Extend it with collected "
+            "transitions first (collector.init_random_frames does so in a training run)."
+        )
+    return replay_buffer.sample()

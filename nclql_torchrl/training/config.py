@@ -1,0 +1,299 @@
+"""Configuration of a training run: names, types, defaults, and what each value may be."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nclql_torchrl.langevin import Boundary, Execution
+from nclql_torchrl.update import UpdateMode
+from nclql_torchrl.value import EnsembleReduction
+
+ENGINES = ("auto", "gymnasium", "mujoco", "mjx")
+LOGGER_BACKENDS = ("csv", "tensorboard", "wandb", "none")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the value, what was expected and the nearest valid choice."""
+
+
+@dataclass
+class EnvConfig:
+    """The environments that data is collected from."""
+
+    task: str = "HalfCheetah-v5"
+    """Gymnasium id of a continuous-control task."""
+    engine: str = "auto"
+    """auto, gymnasium, mujoco or mjx."""
+    num_envs: int = 5
+    """Environments stepped together."""
+
+
+@dataclass
+class CollectorConfig:
+    """How much data is collected, in transitions over all environments."""
+
+    total_frames: int = 5_000_000
+    """Length of the run."""
+    init_random_frames: int = 30_000
+    """Uniformly random actions, and no updates, before learning starts."""
+    frames_per_batch: int | None = None
+    """Transitions between two rounds of updates, a multiple of num_envs; null: one vector step, num_envs."""
+
+
+@dataclass
+class ReplayBufferConfig:
+    """Uniform replay."""
+
+    size: int = 1_000_000
+    """Capacity in transitions."""
+
+
+@dataclass
+class OptimConfig:
+    """The update."""
+
+    batch_size: int = 256
+    lr: float = 1e-4
+    """Adam's learning rate."""
+    utd_ratio: float = 0.2
+    """Updates per collected transition (the authors: one update per vector step of 5 environments)."""
+    gamma: float = 0.99
+    """Discount per control step."""
+    target_update_polyak: float = 0.995
+    """Share of the old target parameters kept at each update; 1 - tau."""
+    reward_scale: float = 0.2
+    update: str = "sequential"
+    """sequential (the authors' two Adam steps) or summed (one step on the sum)."""
+    delay_actor: bool = False
+    """Sample the next action from the target critics instead of the online ones."""
+    clip_noisy_action: bool = False
+    """Clip noisy actions of the noise loss to the action range."""
+
+
+@dataclass
+class NetworkConfig:
+    """The critics."""
+
+    hidden_sizes: list[int] = field(default_factory=lambda: [256, 256, 256])
+    num_critics: int = 2
+
+
+@dataclass
+class SamplerConfig:
+    """The Langevin sampler."""
+
+    num_levels: int = 10
+    """Noise levels; 1 gives LQL."""
+    steps_per_level: int = 2
+    sigma_max: float = 0.1
+    sigma_min: float = 0.001
+    """Noise of the first and of the last level, in units of half the action range."""
+    step_lr: float = 1e-4
+    """Step size of the last level."""
+    w: float = 500.0
+    """Inverse temperature."""
+    normalize_gradient: bool = True
+    num_particles: int = 1
+    """Chains per observation when exploring."""
+    deterministic_num_particles: int = 1
+    """Chains per observation when evaluating."""
+    target_num_particles: int = 1
+    """Chains per observation when sampling the TD target's action."""
+    ensemble_reduction: str = "sum"
+    """sum, mean or min of the critics forms the drift."""
+    boundary: str = "clip"
+    """clip or reflect at the faces of the action box."""
+    execution: str = "eager"
+    """eager or compile."""
+
+
+@dataclass
+class LoggerConfig:
+    """Metrics and evaluation; intervals in transitions."""
+
+    backend: str = "csv"
+    """csv, tensorboard, wandb or none. The run directory's metrics.csv is written in any case."""
+    log_interval: int = 5_000
+    """Between two rows of metrics.csv."""
+    eval_interval: int = 25_000
+    """Between two evaluations."""
+    eval_episodes: int = 10
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints; interval in transitions."""
+
+    interval: int = 50_000
+    keep: int = 2
+    """How many of the newest are kept."""
+
+
+@dataclass
+class TrainConfig:
+    """A whole run. The defaults are the authors' settings.
+
+    Examples:
+        >>> config = TrainConfig(env=EnvConfig(task="Pendulum-v1", num_envs=1))
+        >>> validate(config)
+        >>> config.collector.frames_per_batch is None
+        True
+    """
+
+    env: EnvConfig = field(default_factory=EnvConfig)
+    collector: CollectorConfig = field(default_factory=CollectorConfig)
+    replay_buffer: ReplayBufferConfig = field(default_factory=ReplayBufferConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    seed: int = 0
+    device: str = "auto"
+    """auto (a GPU when there is one), cpu, cuda or cuda:<index>."""
+    run_dir: str | None = None
+    """Where the run is written; null: runs/<task>/<time>-seed<seed>."""
+    resume: str | None = None
+    """Run directory to continue."""
+
+
+RESUMABLE_KEYS = ("collector.total_frames", "logger.", "checkpoint.", "device")
+"""What may change when a run is resumed; the rest is what makes it the same run."""
+
+
+def validate(config: TrainConfig) -> None:
+    """Checks everything that can be checked before anything starts.
+
+    Raises:
+        ConfigError: for the first value that cannot work.
+    """
+    _choose("env.engine", config.env.engine, ENGINES)
+    _choose("optim.update", config.optim.update, get_args(UpdateMode))
+    _choose("sampler.ensemble_reduction", config.sampler.ensemble_reduction, get_args(EnsembleReduction))
+    _choose("sampler.boundary", config.sampler.boundary, get_args(Boundary))
+    _choose("sampler.execution", config.sampler.execution, get_args(Execution))
+    _choose("logger.backend", config.logger.backend, LOGGER_BACKENDS)
+
+    positive_integers = {
+        "env.num_envs": config.env.num_envs,
+        "collector.total_frames": config.collector.total_frames,
+        "replay_buffer.size": config.replay_buffer.size,
+        "optim.batch_size": config.optim.batch_size,
+        "network.num_critics": config.network.num_critics,
+        "sampler.num_levels": config.sampler.num_levels,
+        "sampler.steps_per_level": config.sampler.steps_per_level,
+        "sampler.num_particles": config.sampler.num_particles,
+        "sampler.deterministic_num_particles": config.sampler.deterministic_num_particles,
+        "sampler.target_num_particles": config.sampler.target_num_particles,
+        "logger.log_interval": config.logger.log_interval,
+        "logger.eval_interval": config.logger.eval_interval,
+        "logger.eval_episodes": config.logger.eval_episodes,
+        "checkpoint.interval": config.checkpoint.interval,
+        "checkpoint.keep": config.checkpoint.keep,
+    }
+    for name, value in positive_integers.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; expected at least 1.")
+    positive_numbers = {
+        "optim.lr": config.optim.lr,
+        "optim.reward_scale": config.optim.reward_scale,
+        "sampler.sigma_max": config.sampler.sigma_max,
+        "sampler.sigma_min": config.sampler.sigma_min,
+        "sampler.step_lr": config.sampler.step_lr,
+        "sampler.w": config.sampler.w,
+    }
+    for name, value in positive_numbers.items():
+        if not (math.isfinite(value) and value > 0.0):
+            raise ConfigError(f"{name} is {value:g}; expected a positive, finite number.")
+    if not (math.isfinite(config.optim.utd_ratio) and config.optim.utd_ratio >= 0.0):
+        raise ConfigError(f"optim.utd_ratio is {config.optim.utd_ratio:g}; expected updates per transition, at least 0.")
+    for name, value in (("gamma", config.optim.gamma), ("target_update_polyak", config.optim.target_update_polyak)):
+        if not 0.0 <= value < 1.0:
+            raise ConfigError(f"optim.{name} is {value:g}; expected a number in [0, 1).")
+    if config.sampler.sigma_min >= config.sampler.sigma_max:
+        raise ConfigError(
+            f"sampler.sigma_min is {config.sampler.sigma_min:g} and sampler.sigma_max is {config.sampler.sigma_max:g}; "
+            "expected sigma_min < sigma_max."
+        )
+    if not config.network.hidden_sizes or min(config.network.hidden_sizes) < 1:
+        raise ConfigError(f"network.hidden_sizes is {config.network.hidden_sizes}; expected widths of at least 1.")
+    if config.collector.init_random_frames < 0:
+        raise ConfigError(f"collector.init_random_frames is {config.collector.init_random_frames}; expected at least 0.")
+    if not 0 <= config.seed < 2**31:
+        raise ConfigError(f"seed is {config.seed}; expected an integer in [0, 2**31).")
+    if config.replay_buffer.size < config.optim.batch_size:
+        raise ConfigError(
+            f"replay_buffer.size is {config.replay_buffer.size}, less than optim.batch_size "
+            f"({config.optim.batch_size}); expected room for at least one batch."
+        )
+    frames_per_batch, num_envs = config.collector.frames_per_batch, config.env.num_envs
+    if frames_per_batch is not None and (frames_per_batch < 1 or frames_per_batch % num_envs):
+        nearest = max(1, round(frames_per_batch / num_envs)) * num_envs
+        raise ConfigError(
+            f"collector.frames_per_batch is {frames_per_batch}; expected a multiple of env.num_envs ({num_envs}), "
+            f"such as {nearest}."
+        )
+
+
+def check_override_keys(overrides: Sequence[str]) -> None:
+    """Checks the names in ``name=value`` command-line overrides; Hydra's own options and flags pass.
+
+    Raises:
+        ConfigError: for a name that no configuration entry has, with the nearest one that exists.
+
+    Examples:
+        >>> check_override_keys(["env.taks=Pendulum-v1"])
+        Traceback (most recent call last):
+        ...
+        nclql_torchrl.training.config.ConfigError: There is no option 'env.taks'; did you mean 'env.task'?
+    """
+    names = ["preset", *_names(TrainConfig)]
+    for override in overrides:
+        name = override.split("=", 1)[0].lstrip("+~")
+        if "=" not in override or override.startswith("-") or name.split(".")[0] == "hydra" or name in names:
+            continue
+        raise ConfigError(f"There is no option {name!r}; {_nearest(name, names)}")
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a run's config.yaml against the schema, with ``name=value`` overrides on top.
+
+    Raises:
+        ConfigError: if the file does not fit the schema.
+    """
+    try:
+        saved = OmegaConf.load(path)
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), saved, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path} does not fit this version's configuration: {error}") from error
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def _names(schema: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all entries of a dataclass."""
+    instance = schema()
+    for entry in fields(instance):
+        value = getattr(instance, entry.name)
+        if is_dataclass(value):
+            yield from _names(type(value), f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name
+
+
+def _choose(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(choices)}. {_nearest(value, choices)}")
+
+
+def _nearest(value: str, choices: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)
+    return f"did you mean {matches[0]!r}?"

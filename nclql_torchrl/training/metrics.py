@@ -1,0 +1,66 @@
+"""What is measured between two rows of metrics.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+UPDATE_METRICS = {
+    "loss_qvalue": "loss_qvalue",
+    "loss_noise": "loss_noise",
+    "pred_value": "q_mean",
+    "target_value": "q_target_mean",
+    "td_error": "td_error",
+}
+"""What the update reports, and its column in metrics.csv."""
+
+RECENT_EPISODES = 20
+
+
+class MetricsWindow:
+    """Means since the last row. Update metrics are added up where they are, so that no step waits for a GPU."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+        self.returns: list[float] = []
+        self.lengths: list[int] = []
+        self._sums: TensorDictBase | None = None
+
+    def add_update(self, metrics: TensorDict) -> None:
+        """Adds the scalars of one update."""
+        chosen = metrics.select(*UPDATE_METRICS)
+        self._sums = chosen if self._sums is None else self._sums + chosen
+        self.updates += 1
+
+    def add_episodes(self, returns: Tensor, lengths: Tensor) -> None:
+        """Adds finished training episodes; the newest are remembered beyond the row."""
+        self.returns = [*self.returns, *returns.flatten().tolist()][-RECENT_EPISODES:]
+        self.lengths = [*self.lengths, *lengths.flatten().tolist()][-RECENT_EPISODES:]
+
+    def means(self) -> dict[str, float]:
+        """Column -> mean, for what was measured."""
+        row: dict[str, float] = {}
+        if self.returns:
+            row["train_return"] = sum(self.returns) / len(self.returns)
+            row["train_length"] = sum(self.lengths) / len(self.lengths)
+        if self._sums is not None:
+            sums = self._sums.cpu()
+            row |= {column: float(sums[key]) / self.updates for key, column in UPDATE_METRICS.items()}
+        return row
+
+    def clear(self) -> None:
+        """Starts the next row. Recent episodes stay: most rows of a slow task see no episode end."""
+        self.updates, self._sums = 0, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        sums = {} if self._sums is None else dict(self._sums.items())
+        return {"updates": self.updates, "returns": self.returns, "lengths": self.lengths, "sums": sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.updates, self.returns, self.lengths = state["updates"], list(state["returns"]), list(state["lengths"])
+        self._sums = TensorDict(dict(state["sums"])) if state["sums"] else None
