@@ -18,6 +18,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
 from torchrl.collectors import BaseCollector
+from torchrl.data import TensorDictReplayBuffer
 
 INVENTORY = "inventory.json"
 SAFE_SUFFIXES = (".json", ".memmap")
@@ -50,6 +51,27 @@ class CollectorState:
         collector.env.base_env.load_state_dict(state["environment"])
         collector._carrier.update(TensorDict(state["carrier"], collector.env.batch_size))
         collector.load_state_dict({"frames": state["frames"], "iter": state["iter"]}, strict=False)
+
+
+class ReplayState:
+    """Content and write position of a replay buffer.
+
+    ``ReplayBuffer.dumps`` writes the whole capacity and a pickle; this is only what is filled, as raw tensors.
+    """
+
+    def __init__(self, replay_buffer: TensorDictReplayBuffer) -> None:
+        self.replay_buffer = replay_buffer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested mapping of tensors [len(replay_buffer), ...] and numbers."""
+        transitions = self.replay_buffer.storage.get(slice(0, len(self.replay_buffer)))
+        return {"transitions": transitions.to_dict(), "writer": dict(self.replay_buffer.writer.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`: every transition at the index it had, so that the same draws sample the same."""
+        self.replay_buffer.empty()
+        self.replay_buffer.extend(TensorDict(state["transitions"]).auto_batch_size_(1))
+        self.replay_buffer.writer.load_state_dict(state["writer"])
 
 
 def save_checkpoint(
@@ -125,7 +147,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         sizes = json.loads((path / INVENTORY).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"Checkpoint {path} has no readable {INVENTORY}; it is damaged or no checkpoint.") from error
+        raise CheckpointError(
+            f"Checkpoint {path} has no readable {INVENTORY}; it is damaged or no checkpoint."
+        ) from error
     for name, size in sizes.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None

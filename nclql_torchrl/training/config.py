@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_args
 
@@ -213,7 +213,9 @@ def validate(config: TrainConfig) -> None:
         if not (math.isfinite(value) and value > 0.0):
             raise ConfigError(f"{name} is {value:g}; expected a positive, finite number.")
     if not (math.isfinite(config.optim.utd_ratio) and config.optim.utd_ratio >= 0.0):
-        raise ConfigError(f"optim.utd_ratio is {config.optim.utd_ratio:g}; expected updates per transition, at least 0.")
+        raise ConfigError(
+            f"optim.utd_ratio is {config.optim.utd_ratio:g}; expected updates per transition, at least 0."
+        )
     for name, value in (("gamma", config.optim.gamma), ("target_update_polyak", config.optim.target_update_polyak)):
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"optim.{name} is {value:g}; expected a number in [0, 1).")
@@ -225,7 +227,9 @@ def validate(config: TrainConfig) -> None:
     if not config.network.hidden_sizes or min(config.network.hidden_sizes) < 1:
         raise ConfigError(f"network.hidden_sizes is {config.network.hidden_sizes}; expected widths of at least 1.")
     if config.collector.init_random_frames < 0:
-        raise ConfigError(f"collector.init_random_frames is {config.collector.init_random_frames}; expected at least 0.")
+        raise ConfigError(
+            f"collector.init_random_frames is {config.collector.init_random_frames}; expected at least 0."
+        )
     if not 0 <= config.seed < 2**31:
         raise ConfigError(f"seed is {config.seed}; expected an integer in [0, 2**31).")
     if config.replay_buffer.size < config.optim.batch_size:
@@ -242,8 +246,12 @@ def validate(config: TrainConfig) -> None:
         )
 
 
-def check_override_keys(overrides: Sequence[str]) -> None:
+def check_override_keys(overrides: Sequence[str], schema: type = TrainConfig) -> None:
     """Checks the names in ``name=value`` command-line overrides; Hydra's own options and flags pass.
+
+    Args:
+        overrides: command-line arguments.
+        schema: the dataclass that they configure.
 
     Raises:
         ConfigError: for a name that no configuration entry has, with the nearest one that exists.
@@ -254,7 +262,7 @@ def check_override_keys(overrides: Sequence[str]) -> None:
         ...
         nclql_torchrl.training.config.ConfigError: There is no option 'env.taks'; did you mean 'env.task'?
     """
-    names = ["preset", *_names(TrainConfig)]
+    names = ["preset", *_names(schema)] if schema is TrainConfig else list(_names(schema))
     for override in overrides:
         name = override.split("=", 1)[0].lstrip("+~")
         if "=" not in override or override.startswith("-") or name.split(".")[0] == "hydra" or name in names:
@@ -262,18 +270,18 @@ def check_override_keys(overrides: Sequence[str]) -> None:
         raise ConfigError(f"There is no option {name!r}; {_nearest(name, names)}")
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Reads a run's config.yaml against the schema, with ``name=value`` overrides on top.
+def load_config(saved: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a run's config.yaml, or its content, against the schema, with ``name=value`` overrides on top.
 
     Raises:
-        ConfigError: if the file does not fit the schema.
+        ConfigError: if it does not fit the schema.
     """
     try:
-        saved = OmegaConf.load(path)
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), saved, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.load(saved) if isinstance(saved, str) else OmegaConf.create(dict(saved))
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), values, OmegaConf.from_dotlist(list(overrides)))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path} does not fit this version's configuration: {error}") from error
+        raise ConfigError(f"{saved} does not fit this version's configuration: {error}") from error
     assert isinstance(config, TrainConfig)
     return config
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.checkpoint import Checkpoint
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from envs import make_env
 from nclql_torchrl.actor import LangevinActor
+from nclql_torchrl.training.checkpoint import latest_checkpoint, load_checkpoint, read_config
+from nclql_torchrl.training.components import make_actor, make_loss
+from nclql_torchrl.training.config import TrainConfig, load_config
 
 SEED_OFFSET = 1_000_000_000
 """Added to the run's seed, so that evaluation never sees an initial state that training has seen."""
@@ -54,19 +60,63 @@ class Evaluation:
         return self.estimated_q - self.discounted_return
 
 
-@torch.no_grad()
-def evaluate(actor: LangevinActor, env: EnvBase, *, gamma: float, reward_scale: float) -> Evaluation:
-    """Plays one episode in each environment, without exploration noise.
+def evaluate(
+    actor: LangevinActor, task: str, *, episodes: int, seed: int, gamma: float, reward_scale: float
+) -> Evaluation:
+    """Plays episodes of a task on Gymnasium's own environment, without exploration noise.
 
     Args:
         actor: with ``diagnostics=True``, whose ``q_after`` is the critic's estimate.
-        env: batch size [num_envs]; every environment plays until its first done.
+        task: Gymnasium id.
+        episodes: how many, all at the same time.
+        seed: of the environments; the same seed gives the same initial states.
         gamma: discount per control step.
         reward_scale: the loss's factor on rewards.
 
     Returns:
-        Statistics over ``num_envs`` episodes.
+        Statistics over the episodes.
     """
+    device = actor.deterministic_start.device
+    env = make_env(task, episodes, engine="gymnasium", device=device, seed=seed)
+    try:
+        return evaluate_in(actor, env, gamma=gamma, reward_scale=reward_scale)
+    finally:
+        env.close()
+
+
+def load_policy(path: str | Path, device: torch.device) -> tuple[TrainConfig, LangevinActor]:
+    """The policy of a run or of one of its checkpoints, without its replay buffer or optimizer.
+
+    Args:
+        path: a run directory (its newest checkpoint is taken) or a checkpoint directory.
+        device: where the critics go.
+
+    Returns:
+        The run's configuration, and the actor with ``diagnostics=True``.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        CheckpointError: if it is damaged or unsafe.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"checkpoint {path} does not exist; expected a run directory or one of its checkpoints."
+        )
+    if (path / "checkpoints").is_dir():
+        path = latest_checkpoint(path / "checkpoints")
+    config = load_config(read_config(path))
+    env = make_env(config.env.task, 1, engine="gymnasium", device=device, seed=config.seed)
+    loss = make_loss(config, make_actor(config, env, device))
+    load_checkpoint(Checkpoint(loss=loss), path, task=config.env.task, device=device)
+    actor = make_actor(config, env, device, loss, diagnostics=True)
+    env.close()
+    return config, actor
+
+
+@torch.no_grad()
+def evaluate_in(actor: LangevinActor, env: EnvBase, *, gamma: float, reward_scale: float) -> Evaluation:
+    """Plays one episode in each environment of ``env``: see :func:`evaluate`."""
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         tensordict = env.reset()
         num_envs = env.batch_size.numel()

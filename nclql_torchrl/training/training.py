@@ -21,9 +21,14 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record.loggers import Logger, get_logger
 from tqdm import tqdm
 
-from envs import make_env
 from nclql_torchrl.actor import LangevinActor
-from nclql_torchrl.training.checkpoint import CollectorState, latest_checkpoint, load_checkpoint, save_checkpoint
+from nclql_torchrl.training.checkpoint import (
+    CollectorState,
+    ReplayState,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from nclql_torchrl.training.components import (
     make_actor,
     make_collector,
@@ -71,9 +76,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     update = make_update(config, loss)
     collector = make_collector(config, env, actor, device)
     replay_buffer = make_replay_buffer(config, device)
-    evaluation_env = make_env(
-        config.env.task, config.logger.eval_episodes, engine="gymnasium", device=device, seed=config.seed + SEED_OFFSET
-    )
     probe = make_actor(config, env, device, loss, diagnostics=True)
 
     window = MetricsWindow()
@@ -84,7 +86,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         loss=loss,
         optimizer=update.optimizer,
         progress=progress,
-        replay_buffer=replay_buffer,
+        replay_buffer=ReplayState(replay_buffer),
         rng=GlobalRNGState(),
         window=window,
     )
@@ -111,7 +113,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         check_finite_losses(window, updates)
         progress.update(frames=frames, updates=updates, seconds=previous_seconds + time.monotonic() - start)
         metadata = {"task": config.env.task, "updates": updates}
-        return save_checkpoint(checkpoint, run.checkpoints, frames=frames, keep=config.checkpoint.keep, metadata=metadata)
+        return save_checkpoint(
+            checkpoint, run.checkpoints, frames=frames, keep=config.checkpoint.keep, metadata=metadata
+        )
 
     with StopRequest() as stop, bar:
         while frames < config.collector.total_frames and stop.signal_number is None:
@@ -147,7 +151,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 if updates > 0:
                     row |= sampler_diagnostics(probe, replay_buffer)
                 if evaluation_due:
-                    evaluation, evaluated_at = run_evaluation(config, probe, evaluation_env), frames
+                    evaluation, evaluated_at = run_evaluation(config, probe), frames
                     row |= evaluation_row(evaluation)
                 run.append_metrics(row)
                 log(logger, row, frames)
@@ -160,7 +164,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     if stop.signal_number is not None:
         collector.shutdown()
-        evaluation_env.close()
         run.draw_learning_curve(config.env.task)
         raise Interrupted(
             f"Stopped after {frames} frames and {updates} updates; saved {saved}. "
@@ -169,13 +172,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
         )
 
     if evaluation is None or evaluated_at != frames:
-        evaluation = run_evaluation(config, probe, evaluation_env)
+        evaluation = run_evaluation(config, probe)
         seconds = previous_seconds + time.monotonic() - start
         row = {"frames": frames, "updates": updates, "wall_time": seconds, **evaluation_row(evaluation)}
         run.append_metrics(row)
         log(logger, row, frames)
     collector.shutdown()
-    evaluation_env.close()
     summary = {
         "task": config.env.task,
         "seed": config.seed,
@@ -233,11 +235,17 @@ def check_finite_losses(window: MetricsWindow, updates: int) -> None:
             )
 
 
-def run_evaluation(config: TrainConfig, probe: LangevinActor, env: Any) -> Evaluation:
+def run_evaluation(config: TrainConfig, probe: LangevinActor) -> Evaluation:
     """Evaluates on the run's evaluation seeds, without touching the run's random states."""
     with torch.random.fork_rng():
-        env.set_seed(config.seed + SEED_OFFSET)
-        return evaluate(probe, env, gamma=config.optim.gamma, reward_scale=config.optim.reward_scale)
+        return evaluate(
+            probe,
+            config.env.task,
+            episodes=config.logger.eval_episodes,
+            seed=config.seed + SEED_OFFSET,
+            gamma=config.optim.gamma,
+            reward_scale=config.optim.reward_scale,
+        )
 
 
 def evaluation_row(evaluation: Evaluation) -> dict[str, float]:
