@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def main() -> None:
         check_override_keys(sys.argv[1:])
     except ConfigError as error:
         sys.exit(f"nclql-train: {error}")
+    # TorchRL reports every buffer that it allocates; the progress bar is what a user wants to see.
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
     _hydra_main()
 
 

@@ -40,7 +40,7 @@ def make_device(name: str) -> torch.device:
 def make_train_env(config: TrainConfig, device: torch.device) -> TransformedEnv:
     """The training environments, batch size [num_envs], with episode returns and lengths."""
     env = make_env(config.env.task, config.env.num_envs, engine=config.env.engine, device=device, seed=config.seed)
-    return TransformedEnv(env, Compose(RewardSum(), StepCounter()))
+    return TransformedEnv(env, Compose(RewardSum(), StepCounter()))  # pyright: ignore[reportCallIssue]
 
 
 def make_actor(
@@ -64,8 +64,8 @@ def make_actor(
             observation_dim,
             spec.shape[-1],
             config.network.hidden_sizes,
-            action_low=spec.space.low.to(device),
-            action_high=spec.space.high.to(device),
+            action_low=spec.low.to(device),
+            action_high=spec.high.to(device),
             device=device,
         )
         return ValueOperator(network, in_keys=["observation", "action", "level"])

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 from nclql_torchrl.training.config import TrainConfig
 
-METRICS = (
+METRICS: tuple[str, ...] = (
     "frames",
     "updates",
     "wall_time",

@@ -21,7 +21,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record.loggers import Logger, get_logger
 from tqdm import tqdm
 
-from nclql_torchrl.actor import LangevinActor
+from nclql_torchrl.actor import DIAGNOSTIC_KEYS, LangevinActor
 from nclql_torchrl.training.checkpoint import (
     CollectorState,
     ReplayState,
@@ -211,18 +211,21 @@ def crossed(interval: int, previous_frames: int, frames: int) -> bool:
 
 
 def check_finite_transitions(batch: TensorDictBase, frames: int) -> None:
-    """Raises TrainingError if a batch [num_envs, time] has a next observation or reward that is not finite."""
-    for key in ("observation", "reward"):
-        finite = torch.isfinite(batch["next", key]).all(-1)
-        if not finite.all():
-            environment, step = min((~finite).nonzero().tolist(), key=lambda index: index[1])
-            values = batch["next", key][environment, step].tolist()
-            raise TrainingError(
-                f"Environment {environment} returned a {key} that is not finite at step "
-                f"{frames // batch.shape[0] + step} ({frames} frames were collected before this batch): {values}. The "
-                "batch was not stored, and the last checkpoint is kept. Expected finite numbers: check the task's "
-                "physics, or lower its time step."
-            )
+    """Raises TrainingError if a batch [num_envs, time] has an action, next observation or reward that is not finite."""
+    keys = ("action", ("next", "observation"), ("next", "reward"))
+    finite = torch.stack([torch.isfinite(batch[key]).all(-1) for key in keys])
+    if finite.all():
+        return
+    # The first in time is the cause; within a step the action comes before what it led to.
+    entry, environment, step = min((~finite).nonzero().tolist(), key=lambda index: (index[2], index[0]))
+    values = batch[keys[entry]][environment, step].tolist()
+    where = f"at step {frames // batch.shape[0] + step} of environment {environment} is {values}"
+    kept = f"The batch after frame {frames} was not stored, and the last checkpoint is kept."
+    if keys[entry] == "action":
+        raise TrainingError(
+            f"The action {where}: the critic diverged. {kept} Try a lower optim.lr or optim.reward_scale."
+        )
+    raise TrainingError(f"The {keys[entry][1]} {where}; expected finite numbers. {kept} Check the physics of the task.")
 
 
 def check_finite_losses(window: MetricsWindow, updates: int) -> None:
@@ -265,14 +268,15 @@ def sampler_diagnostics(probe: LangevinActor, replay_buffer: TensorDictReplayBuf
     """What exploring chains do on a replayed batch of observations, without touching the run's random states."""
     with torch.random.fork_rng(), set_exploration_type(ExplorationType.RANDOM):
         tensordict = probe(sample(replay_buffer).select("observation"))
-    return {key: float(tensordict[key].mean()) for key in probe.out_keys if key != "action"}
+    return {key: float(tensordict[key].mean()) for key in DIAGNOSTIC_KEYS}
 
 
 def make_logger(config: TrainConfig, run: RunDirectory) -> Logger | None:
     """TorchRL's logger for the chosen backend, writing inside the run directory."""
     if config.logger.backend == "none":
         return None
-    return get_logger(config.logger.backend, logger_name=str(run.path / "logs"), experiment_name=run.path.name)
+    backend: Any = config.logger.backend
+    return get_logger(backend, logger_name=str(run.path / "logs"), experiment_name=run.path.name)
 
 
 def log(logger: Logger | None, row: Mapping[str, float], frames: int) -> None:

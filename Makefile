@@ -1,0 +1,38 @@
+# make train | make test | make lint | make typecheck
+# Each creates the virtual environment and installs what is missing; nothing happens when it is up to date.
+
+PYTHON ?= python3
+VENV ?= .venv
+PRESET ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu_4096,cpu)
+ARGS ?=
+
+# Idle OpenMP threads must not spin: simulation and learning share the cores.
+export OMP_WAIT_POLICY = passive
+export CI
+
+STAMP = $(VENV)/.installed
+TORCH = $(shell grep '^torch==' constraints.txt)
+
+.PHONY: train test lint typecheck install
+
+train: $(STAMP)
+	$(VENV)/bin/nclql-train preset=$(PRESET) $(ARGS)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+typecheck: $(STAMP)
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+install: $(STAMP)
+
+# torch alone first: the pinned version decides which build (CPU or CUDA) is used, before anything asks for a range.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[test,lint,tensorboard,video]"
+	touch $@

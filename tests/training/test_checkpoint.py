@@ -1,0 +1,156 @@
+"""Checkpoints hold everything, and a bad one is refused before anything of it is read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.checkpoint import Checkpoint, CheckpointError
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+from nclql_torchrl.training import TrainConfig, train
+from nclql_torchrl.training.checkpoint import (
+    INVENTORY,
+    ReplayState,
+    latest_checkpoint,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+)
+from nclql_torchrl.training.evaluation import load_policy
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    checkpoint = Checkpoint(network=torch.nn.Linear(2, 1), config={"seed": 3})
+    return save_checkpoint(checkpoint, tmp_path, frames=10, keep=2, metadata={"task": "Hopper-v5"})
+
+
+def load(path: Path, task: str = "Hopper-v5") -> None:
+    load_checkpoint(Checkpoint(network=torch.nn.Linear(2, 1)), path, task=task)
+
+
+def test_it_reads_back(saved: Path) -> None:
+    load(saved)
+    assert read_config(saved) == {"seed": 3}
+
+
+def test_another_task_is_refused(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is of task 'Hopper-v5'; expected 'Ant-v5'"):
+        load(saved, task="Ant-v5")
+
+
+def test_a_truncated_file_is_refused(saved: Path) -> None:
+    file = next(path for path in saved.rglob("*.memmap") if path.stat().st_size > 4)
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"is truncated: .*memmap has 4 bytes; expected 8 bytes"):
+        load(saved)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", INVENTORY])
+def test_a_missing_file_is_refused(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        load(saved)
+
+
+def test_a_pickle_is_refused_unread(saved: Path, tmp_path: Path) -> None:
+    class Malicious:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+            return Path.touch, (tmp_path / "executed",)
+
+    # Where tensordict would look for non-tensor data, announced as it would announce it.
+    state = next(saved.rglob("state"))
+    (state / "other.pickle").write_bytes(pickle.dumps(Malicious()))
+    inventory = json.loads((saved / INVENTORY).read_text())
+    inventory[str((state / "other.pickle").relative_to(saved))] = (state / "other.pickle").stat().st_size
+    (saved / INVENTORY).write_text(json.dumps(inventory))
+    with pytest.raises(CheckpointError, match=r"other.pickle.*can execute code"):
+        load(saved)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_pickle_file_as_checkpoint_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"network": 1}, path)
+    with pytest.raises(CheckpointError, match="expected a directory"):
+        load(path)
+
+
+def test_a_symbolic_link_is_refused(saved: Path) -> None:
+    (saved / "link.json").symlink_to("/etc/hostname")
+    with pytest.raises(CheckpointError, match=r"link.json"):
+        load(saved)
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(config={"seed": 3})
+    for frames in (10, 20, 30):
+        save_checkpoint(checkpoint, tmp_path, frames=frames, keep=2, metadata={"task": "x"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000000000020", "checkpoint-000000000030"]
+    assert latest_checkpoint(tmp_path).name == "checkpoint-000000000030"
+
+
+def test_a_checkpoint_that_was_interrupted_while_written_does_not_count(saved: Path) -> None:
+    half = saved.with_name(".checkpoint-000000000020.tmp")
+    shutil.copytree(saved, half)
+    assert latest_checkpoint(saved.parent) == saved
+
+
+def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("written", [5, 8, 11])
+def test_replay_keeps_indices_and_write_position(written: int) -> None:
+    def buffer() -> TensorDictReplayBuffer:
+        return TensorDictReplayBuffer(storage=LazyTensorStorage(8), batch_size=4)
+
+    def transitions(first: int, last: int) -> TensorDict:
+        values = torch.arange(first, last)
+        return TensorDict({"x": values, "next": {"x": values + 1}}, [last - first])
+
+    source, target = buffer(), buffer()
+    source.extend(transitions(0, written))
+    target.extend(transitions(50, 53))
+    ReplayState(target).load_state_dict(ReplayState(source).state_dict())
+    for replay_buffer in (source, target):
+        replay_buffer.extend(transitions(100, 102))
+    assert len(source) == len(target)
+    assert torch.equal(source[:]["x"], target[:]["x"])
+    assert torch.equal(source[:]["next", "x"], target[:]["next", "x"])
+
+
+def test_a_run_continued_in_another_tasks_checkpoint_is_refused(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = tiny_config("collector.total_frames=60")
+    train(config)
+    manifest = latest_checkpoint(tmp_path / "run" / "checkpoints") / "manifest.json"
+    content = manifest.read_text()
+    changed = content.replace("Pendulum-v1", "Pendulum-v9")
+    manifest.write_text(changed)
+    config.resume = config.run_dir
+    with pytest.raises(CheckpointError, match=r"is of task 'Pendulum-v9'; expected 'Pendulum-v1'"):
+        train(config)
+
+
+def test_the_policy_alone_is_loaded_from_a_run_or_a_checkpoint(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    train(tiny_config("collector.total_frames=60"))
+    device = torch.device("cpu")
+    config, actor = load_policy(tmp_path / "run", device)
+    assert config.env.task == "Pendulum-v1"
+    _, same = load_policy(latest_checkpoint(tmp_path / "run" / "checkpoints"), device)
+    for first, second in zip(actor.parameters(), same.parameters(), strict=True):
+        assert torch.equal(first, second)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_policy(tmp_path / "nowhere", device)

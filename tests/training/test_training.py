@@ -1,0 +1,230 @@
+"""The training run keeps its promises: counts, files, exact resume, clean stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.checkpoint import Checkpoint
+from torchrl.data import Bounded, Composite, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
+from torchrl.envs import EnvBase
+
+from nclql_torchrl.training import Interrupted, RunDirectory, TrainConfig, TrainingError, components, train, training
+from nclql_torchrl.training.checkpoint import latest_checkpoint
+from nclql_torchrl.training.components import sample
+from nclql_torchrl.training.training import crossed, updates_due
+
+TIMINGS = ("wall_time", "frames_per_second", "updates_per_second")
+
+
+def rows_without_timings(run_dir: Path) -> list[dict[str, float]]:
+    rows = RunDirectory.open(run_dir).read_metrics()
+    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows]
+
+
+def final_state(run_dir: Path) -> dict[str, Any]:
+    """Everything in the last checkpoint that training changes, as plain values."""
+
+    class Collect:
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.state = state
+
+    parts = {name: Collect() for name in ("loss", "optimizer", "rng", "replay_buffer", "window")}
+    Checkpoint(**parts).load(latest_checkpoint(run_dir / "checkpoints"))
+    return {name: part.state for name, part in parts.items()}
+
+
+def assert_identical(first: Any, second: Any, where: str = "") -> None:
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_identical(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), where
+        for index, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_identical(a, b, f"{where}/{index}")
+    else:
+        assert first == second, where
+
+
+def test_a_run_leaves_what_it_promises(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    summary = train(tiny_config())
+    run = RunDirectory.open(tmp_path / "run")
+    assert summary["frames"] == 240
+    assert summary["updates"] == 60
+    assert summary["episodes"] == 2
+    assert json.loads(run.summary.read_text()) == {key: value for key, value in summary.items() if key != "run_dir"}
+    assert run.learning_curve.exists()
+    rows = run.read_metrics()
+    assert [row["frames"] for row in rows] == [50, 100, 150, 200, 240]
+    assert [row["frames"] for row in rows if "evaluation_return" in row] == [100, 200, 240]
+    assert rows[-1]["evaluation_return"] == summary["return_mean"]
+    row = rows[3]
+    assert row["overestimation"] == pytest.approx(row["estimated_q"] - row["discounted_return"])
+    for name in ("loss_qvalue", "loss_noise", "q_mean", "td_error", "gradient_norm", "clipped_fraction", "q_after"):
+        assert name in row
+    assert [path.name for path in sorted(run.checkpoints.iterdir())] == [
+        "checkpoint-000000000180",
+        "checkpoint-000000000240",
+    ]
+
+
+def test_the_same_seed_gives_the_same_run(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        train(tiny_config(f"run_dir={tmp_path / name}", "collector.total_frames=120"))
+    assert rows_without_timings(tmp_path / "first") == rows_without_timings(tmp_path / "second")
+
+
+# 430 frames: mid-episode, mid-row, and after the replay buffer has wrapped around.
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("collector.total_frames=600", "logger.log_interval=100", "logger.eval_interval=300")
+    train(tiny_config(*arguments, f"run_dir={tmp_path / 'whole'}"))
+    config = tiny_config(*arguments, f"run_dir={tmp_path / 'parts'}")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, frames=430)
+        with pytest.raises(Interrupted) as interruption:
+            train(config)
+    assert interruption.value.exit_status == 130
+    config.resume = config.run_dir
+    train(config)
+    assert rows_without_timings(tmp_path / "parts") == rows_without_timings(tmp_path / "whole")
+    assert_identical(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, frames: int, signal_number: int = signal.SIGINT) -> None:
+    """Sends this process a signal while the batch after ``frames`` is being processed."""
+    check = training.check_finite_transitions
+
+    def check_and_interrupt(batch: TensorDictBase, collected: int) -> None:
+        check(batch, collected)
+        if collected + batch.numel() == frames:
+            os.kill(os.getpid(), signal_number)
+
+    patch.setattr(training, "check_finite_transitions", check_and_interrupt)
+
+
+def test_a_signal_saves_a_checkpoint_and_restores_the_handlers(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    interrupt_at(monkeypatch, frames=64, signal_number=signal.SIGTERM)
+    with pytest.raises(Interrupted, match=r"after 64 frames and 7 updates.*nclql-train resume=") as interruption:
+        train(tiny_config())
+    assert interruption.value.exit_status == 143
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000064"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_resuming_a_finished_run_extends_it(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config = tiny_config("collector.total_frames=100")
+    train(config)
+    config.resume = config.run_dir
+    config.collector.total_frames = 140
+    assert train(config)["frames"] == 140
+    assert RunDirectory.open(tmp_path / "run").read_metrics()[-1]["frames"] == 140
+
+
+class FaultyEnv(EnvBase):
+    """Two-dimensional observations; environment 2 of 3 returns NaN at step 30."""
+
+    batch_locked = True
+
+    def __init__(self, key: str) -> None:
+        super().__init__(batch_size=[3])
+        self.key = key
+        self.step_count = 0
+        self.action_spec = Bounded(-1.0, 1.0, (3, 1))
+        self.observation_spec = Composite(observation=Unbounded((3, 2)), shape=(3,))
+        self.reward_spec = Unbounded((3, 1))
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
+        return TensorDict({"observation": torch.zeros(3, 2)}, [3])
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        done = torch.zeros(3, 1, dtype=torch.bool)
+        values = {"observation": torch.zeros(3, 2), "reward": torch.zeros(3, 1)}
+        if self.step_count == 30:
+            values[self.key][2, 0] = torch.nan
+        self.step_count += 1
+        return TensorDict({**values, "done": done, "terminated": done, "truncated": done}, [3])
+
+    def _set_seed(self, seed: int | None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("key", ["observation", "reward"])
+def test_nan_stops_the_run_and_keeps_the_checkpoint(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr(components, "make_env", lambda *args, **kwargs: FaultyEnv(key))
+    config = tiny_config("env.num_envs=3", "collector.frames_per_batch=12", "logger.eval_interval=1000")
+    with pytest.raises(TrainingError, match=rf"The {key} at step 30 of environment 2 is \[.*nan"):
+        train(config)
+    config = tiny_config("env.num_envs=3", "checkpoint.interval=60", "logger.eval_interval=1000")
+    config.run_dir = str(tmp_path / "kept")
+    with pytest.raises(TrainingError):
+        train(config)
+    assert latest_checkpoint(tmp_path / "kept" / "checkpoints").name == "checkpoint-000000000060"
+
+
+def test_a_diverged_critic_stops_the_run(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_loss = training.make_loss
+
+    def poisoned(*args: Any) -> Any:
+        loss = make_loss(*args)
+        loss.reward_scale = float("nan")
+        return loss
+
+    monkeypatch.setattr(training, "make_loss", poisoned)
+    with pytest.raises(TrainingError, match=r"The action at step 22 of environment 0 is \[nan\]: the critic diverged"):
+        train(tiny_config())
+    with pytest.raises(TrainingError, match=r"loss_qvalue became nan within the 1 updates before update 1"):
+        train(tiny_config("logger.log_interval=44", f"run_dir={tmp_path / 'logged'}"))
+    with pytest.raises(FileNotFoundError):
+        latest_checkpoint(tmp_path / "run" / "checkpoints")
+
+
+def test_sampling_an_empty_replay_buffer_is_an_error() -> None:
+    replay_buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(8), batch_size=4)
+    with pytest.raises(ValueError, match="holds 0 transitions; expected at least 1"):
+        sample(replay_buffer)
+
+
+def test_updates_are_counted_per_transition_without_rounding_errors() -> None:
+    config = TrainConfig()
+    config.collector.init_random_frames = 0
+    for ratio, frames, expected in ((0.29, 100, 29), (0.1, 30, 3), (1.0, 7, 7), (2.5, 4, 10), (1e-05, 300_000, 3)):
+        config.optim.utd_ratio = ratio
+        assert updates_due(config, frames) == expected
+
+
+def test_an_interval_is_due_once_per_multiple() -> None:
+    assert [frames for frames in range(3, 31, 3) if crossed(10, frames - 3, frames)] == [12, 21, 30]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_pendulum_is_learned(tiny_config: Callable[..., TrainConfig]) -> None:
+    config = TrainConfig(run_dir=tiny_config().run_dir, device="cpu")
+    config.env.task, config.env.engine, config.env.num_envs = "Pendulum-v1", "gymnasium", 1
+    config.collector.total_frames, config.collector.init_random_frames = 6_000, 1_000
+    config.optim.utd_ratio, config.optim.lr = 1.0, 1e-3
+    config.network.hidden_sizes = [64, 64]
+    assert train(config)["return_mean"] >= -200
