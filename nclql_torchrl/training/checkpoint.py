@@ -64,7 +64,7 @@ class ReplayState:
 
     def state_dict(self) -> dict[str, Any]:
         """Nested mapping of tensors [len(replay_buffer), ...] and numbers."""
-        transitions = self.replay_buffer.storage.get(slice(0, len(self.replay_buffer)))
+        transitions: Any = self.replay_buffer.storage[: len(self.replay_buffer)]
         return {"transitions": transitions.to_dict(), "writer": dict(self.replay_buffer.writer.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -22,13 +22,13 @@ GAMMA, REWARD_SCALE = 0.5, 0.1
 class CountdownEnv(EnvBase):
     """Environment 0 terminates after two steps, environment 1 is truncated after three; every reward is 1."""
 
-    batch_locked = True
+    batch_locked = True  # pyright: ignore[reportAssignmentType]
 
     def __init__(self) -> None:
-        super().__init__(batch_size=[2])
-        self.action_spec = Bounded(-1.0, 1.0, (2, 1))
-        self.observation_spec = Composite(observation=Unbounded((2, 1)), shape=(2,))
-        self.reward_spec = Unbounded((2, 1))
+        super().__init__(batch_size=torch.Size([2]))
+        self.action_spec = Bounded(-1.0, 1.0, torch.Size([2, 1]))
+        self.observation_spec = Composite(observation=Unbounded(torch.Size([2, 1])), shape=(2,))
+        self.reward_spec = Unbounded(torch.Size([2, 1]))
         self.time = torch.zeros(2, 1)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:

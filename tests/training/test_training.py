@@ -40,7 +40,10 @@ def final_state(run_dir: Path) -> dict[str, Any]:
             self.state = state
 
     parts = {name: Collect() for name in ("loss", "optimizer", "rng", "replay_buffer", "window")}
-    Checkpoint(**parts).load(latest_checkpoint(run_dir / "checkpoints"))
+    checkpoint = Checkpoint()
+    for name, part in parts.items():
+        checkpoint.register(name, part)
+    checkpoint.load(latest_checkpoint(run_dir / "checkpoints"))
     return {name: part.state for name, part in parts.items()}
 
 
@@ -142,15 +145,15 @@ def test_resuming_a_finished_run_extends_it(tiny_config: Callable[..., TrainConf
 class FaultyEnv(EnvBase):
     """Two-dimensional observations; environment 2 of 3 returns NaN at step 30."""
 
-    batch_locked = True
+    batch_locked = True  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, key: str) -> None:
-        super().__init__(batch_size=[3])
+        super().__init__(batch_size=torch.Size([3]))
         self.key = key
         self.step_count = 0
-        self.action_spec = Bounded(-1.0, 1.0, (3, 1))
-        self.observation_spec = Composite(observation=Unbounded((3, 2)), shape=(3,))
-        self.reward_spec = Unbounded((3, 1))
+        self.action_spec = Bounded(-1.0, 1.0, torch.Size([3, 1]))
+        self.observation_spec = Composite(observation=Unbounded(torch.Size([3, 2])), shape=(3,))
+        self.reward_spec = Unbounded(torch.Size([3, 1]))
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         return TensorDict({"observation": torch.zeros(3, 2)}, [3])
