@@ -1,0 +1,19 @@
+"""NC-LQL (arXiv 2602.07873) for TorchRL: soft policies sampled from a critic by annealed Langevin dynamics."""
+
+from nclql_torchrl.actor import LangevinActor
+from nclql_torchrl.critic import NoiseConditionedQNetwork
+from nclql_torchrl.langevin import LangevinSampler, langevin_chain, langevin_step
+from nclql_torchrl.loss import NCLQLLoss
+from nclql_torchrl.schedule import NoiseSchedule
+from nclql_torchrl.update import NCLQLUpdate
+
+__all__ = [
+    "LangevinActor",
+    "LangevinSampler",
+    "NCLQLLoss",
+    "NCLQLUpdate",
+    "NoiseConditionedQNetwork",
+    "NoiseSchedule",
+    "langevin_chain",
+    "langevin_step",
+]

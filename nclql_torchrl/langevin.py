@@ -1,0 +1,282 @@
+"""Annealed Langevin sampling of actions from exp(w Q(s, a)): the chain as a function, and the module that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nclql_torchrl.schedule import NoiseSchedule
+from nclql_torchrl.value import ActionValue, action_gradient, check_choice, reduce_ensemble
+
+Boundary = Literal["clip", "reflect"]
+"""What happens to a coordinate that leaves [-1, 1]: it stops at the face, or bounces back."""
+
+Execution = Literal["eager", "compile"]
+"""How a Langevin step runs: operation by operation, or fused by torch.compile."""
+
+
+class ValueAtLevel(Protocol):
+    """Any differentiable Q as the chain sees it: normalised actions [*batch, action_dim] -> values [*batch]."""
+
+    def __call__(self, action: Tensor, /) -> Tensor: ...
+
+
+def apply_boundary(action: Tensor, boundary: Boundary) -> Tensor:
+    """Brings normalised actions of any shape back into [-1, 1] by clipping or by reflection at the faces.
+
+    Examples:
+        >>> apply_boundary(torch.tensor([0.5, 1.25, -3.5]), "reflect")
+        tensor([0.5000, 0.7500, 0.5000])
+    """
+    if boundary == "clip":
+        return action.clamp(-1.0, 1.0)
+    return 1.0 - ((action + 1.0).remainder(4.0) - 2.0).abs()
+
+
+def langevin_step(
+    value: ValueAtLevel,
+    action: Tensor,
+    noise: Tensor | None,
+    step_size: Tensor,
+    w: Tensor | float,
+    normalize_gradient: bool = True,
+    boundary: Boundary = "clip",
+) -> Tensor:
+    """One Langevin step on ``w Q``: ``a + step_size / 2 * w * g + sqrt(step_size) * z``, kept in the box.
+
+    ``g`` is the action gradient of the combined critics, divided by its norm over the action dimensions (plus 1e-8)
+    when ``normalize_gradient`` is set. A value that has a ``gradient`` method is asked for it; any other is
+    differentiated by ``torch.func.grad``.
+
+    Args:
+        value: the landscape at this level.
+        action: normalised actions, shape [*batch, action_dim].
+        noise: standard normal noise of the same shape, or None for a step without noise.
+        step_size: this level's step size, a scalar tensor.
+        w: inverse temperature.
+        normalize_gradient: whether to use the gradient's direction only.
+        boundary: "clip" or "reflect".
+
+    Returns:
+        The next actions, shape [*batch, action_dim].
+    """
+    gradient = value.gradient(action) if hasattr(value, "gradient") else action_gradient(value, action)  # pyright: ignore
+    if normalize_gradient:
+        gradient = gradient / (torch.linalg.vector_norm(gradient, dim=-1, keepdim=True) + 1e-8)
+    action = action + (0.5 * step_size * w) * gradient
+    if noise is not None:
+        action = action + step_size.sqrt() * noise
+    return apply_boundary(action, boundary)
+
+
+def langevin_chain(
+    value_at_level: Callable[[int], ValueAtLevel],
+    initial_action: Tensor,
+    noise: Tensor | None,
+    *,
+    step_sizes: Tensor,
+    steps_per_level: int = 2,
+    w: Tensor | float = 500.0,
+    normalize_gradient: bool = True,
+    boundary: Boundary = "clip",
+    step: Callable[..., Tensor] = langevin_step,
+) -> Tensor:
+    """The annealed Langevin chain of NC-LQL (arXiv 2602.07873), a pure function: same inputs, same actions.
+
+    It visits the noise levels in order and takes ``steps_per_level`` steps of :func:`langevin_step` at each. With one
+    level and a constant step size it is the chain of LQL. Any differentiable Q will do; the whole batch moves at once.
+
+    Args:
+        value_at_level: the landscape at noise level ``0 .. num_levels - 1``, called once per level.
+        initial_action: normalised start, shape [*batch, action_dim].
+        noise: standard normal noise, shape [num_levels, steps_per_level, *batch, action_dim], or None for a
+            chain without noise.
+        step_sizes: one step size per level, shape [num_levels].
+        steps_per_level: Langevin steps at each level.
+        w: inverse temperature.
+        normalize_gradient: whether to use the gradient's direction only.
+        boundary: what happens at the faces of the box.
+        step: replaces :func:`langevin_step`, by its compiled form for example.
+
+    Returns:
+        Sampled actions in [-1, 1], shape [*batch, action_dim].
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> schedule = NoiseSchedule()
+        >>> target = torch.tensor([0.3, -0.6])
+        >>> actions = langevin_chain(
+        ...     lambda level: lambda action: -((action - target) ** 2).sum(-1),
+        ...     torch.zeros(1000, 2),
+        ...     torch.randn(10, 2, 1000, 2),
+        ...     step_sizes=schedule.step_sizes,
+        ... )
+        >>> bool((actions.mean(0) - target).abs().max() < 0.01)
+        True
+    """
+    # 0-dim tensors: they neither promote the action's type nor wait for the device.
+    for level, step_size in enumerate(step_sizes.to(initial_action.dtype).unbind()):
+        value = value_at_level(level)
+        for index in range(steps_per_level):
+            step_noise = None if noise is None else noise[level, index]
+            initial_action = step(
+                value, initial_action, step_noise, step_size, w, normalize_gradient, boundary
+            )
+    return initial_action
+
+
+def best_particle(particles: Tensor, score: Tensor) -> Tensor:
+    """Keeps the particle with the highest score.
+
+    Args:
+        particles: shape [num_particles, *batch, action_dim].
+        score: shape [num_particles, *batch].
+
+    Returns:
+        Shape [*batch, action_dim].
+    """
+    best = score.argmax(0, keepdim=True).unsqueeze(-1)
+    return particles.gather(0, best.expand(1, *particles.shape[1:])).squeeze(0)
+
+
+def action_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Middle and half width of an action box, float64, of the bounds' shape.
+
+    Raises:
+        ValueError: if a bound is not finite or ``low`` is not below ``high`` everywhere.
+    """
+    low, high = low.to(torch.float64), high.to(torch.float64)
+    if not (low.isfinite() & high.isfinite() & (low < high)).all():
+        raise ValueError(f"The action range is {low.tolist()} to {high.tolist()}; expected finite bounds, low < high.")
+    return (high + low) / 2, (high - low) / 2
+
+
+class LangevinSampler(nn.Module):
+    """Draws normalised actions from an :class:`~nclql_torchrl.value.ActionValue`: everything but the critic.
+
+    It holds the noise schedule and the chain's settings. The actor and the loss share one instance, so that the
+    actions of the TD target follow the same settings as the actions of the behaviour policy.
+
+    Args:
+        action_low: lowest action of the environment, shape [action_dim].
+        action_high: highest action of the environment, shape [action_dim].
+        schedule: noise levels and step sizes.
+        steps_per_level: Langevin steps at each level.
+        w: inverse temperature; a buffer, so that it can be scheduled in place.
+        normalize_gradient: whether the drift uses the gradient's direction only.
+        boundary: "clip" or "reflect".
+        execution: "eager" or "compile".
+
+    Raises:
+        ValueError: for an empty or infinite action range, ``steps_per_level < 1``, ``w <= 0`` or an unknown choice.
+    """
+
+    action_center: Tensor
+    """Middle of the action range, shape [action_dim]."""
+
+    action_half_range: Tensor
+    """Half of the action range, shape [action_dim]."""
+
+    w: Tensor
+    """Inverse temperature, a scalar."""
+
+    def __init__(
+        self,
+        action_low: Tensor,
+        action_high: Tensor,
+        schedule: NoiseSchedule | None = None,
+        *,
+        steps_per_level: int = 2,
+        w: float = 500.0,
+        normalize_gradient: bool = True,
+        boundary: Boundary = "clip",
+        execution: Execution = "eager",
+    ) -> None:
+        super().__init__()
+        if steps_per_level < 1:
+            raise ValueError(f"steps_per_level is {steps_per_level}; expected at least 1.")
+        if not 0.0 < w < float("inf"):
+            raise ValueError(f"w is {w}; expected a positive, finite inverse temperature.")
+        check_choice("boundary", boundary, Boundary)
+        check_choice("execution", execution, Execution)
+        center, half_range = action_range(action_low, action_high)
+        self.register_buffer("action_center", center.to(torch.get_default_dtype()))
+        self.register_buffer("action_half_range", half_range.to(torch.get_default_dtype()))
+        self.schedule = NoiseSchedule() if schedule is None else schedule
+        self.schedule.warn_if_not_mixing(steps_per_level)
+        self.steps_per_level = steps_per_level
+        self.normalize_gradient = normalize_gradient
+        self.boundary: Boundary = boundary
+        self.execution: Execution = execution
+        self.register_buffer("w", torch.tensor(w, dtype=torch.float64))
+        # dynamic=False: a shape that changes at run time (a smaller last batch) compiles its own fast version.
+        self._step = torch.compile(langevin_step, dynamic=False) if execution == "compile" else langevin_step
+
+    @property
+    def action_dim(self) -> int:
+        """Size of the action."""
+        return self.action_center.shape[0]
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Leading shape of the noise of a chain: (num_levels, steps_per_level)."""
+        return self.schedule.num_levels, self.steps_per_level
+
+    def forward(
+        self,
+        value: ActionValue,
+        initial_action: Tensor | None = None,
+        noise: Tensor | None = None,
+        *,
+        deterministic: bool = False,
+    ) -> Tensor:
+        """Runs one chain for every observation of ``value``.
+
+        Args:
+            value: the critics at the observations to act on, batch shape [*batch].
+            initial_action: normalised start, shape [*batch, action_dim]; drawn uniformly if None, or zero when
+                ``deterministic``.
+            noise: standard normal noise, shape [num_levels, steps_per_level, *batch, action_dim]; drawn if None,
+                unless ``deterministic``.
+            deterministic: no noise, so that the same observation always gives the same action.
+
+        Returns:
+            Normalised actions, shape [*batch, action_dim].
+        """
+        shape = (*value.batch_shape, self.action_dim)
+        options = {"dtype": value.dtype, "device": value.device}
+        if initial_action is None:
+            initial_action = torch.zeros(shape, **options)
+            if not deterministic:
+                initial_action = torch.rand(shape, **options) * 2.0 - 1.0
+        if noise is None and not deterministic:
+            noise = torch.randn((*self.noise_shape, *shape), **options)
+        return langevin_chain(
+            value.at_level,
+            initial_action,
+            noise,
+            step_sizes=self.schedule.step_sizes,
+            steps_per_level=self.steps_per_level,
+            w=self.w.to(value.dtype),
+            normalize_gradient=self.normalize_gradient,
+            boundary=self.boundary,
+            step=self._step,
+        )
+
+    def to_environment(self, normalised_action: Tensor) -> Tensor:
+        """Actions in [-1, 1] -> actions in the environment's units, shape [*batch, action_dim]."""
+        return normalised_action * self.action_half_range + self.action_center
+
+    def score(self, value: ActionValue, action: Tensor) -> Tensor:
+        """Pessimistic noise-free value: the lowest critic at the last level, shape [*batch]."""
+        return reduce_ensemble(value.at_level(self.schedule.num_levels - 1).heads(action), "min")
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(sampler)``."""
+        return (
+            f"steps_per_level={self.steps_per_level}, w={self.w.item():g}, "
+            f"normalize_gradient={self.normalize_gradient}, boundary={self.boundary}, execution={self.execution}"
+        )

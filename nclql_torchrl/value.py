@@ -1,0 +1,164 @@
+"""What the sampler needs of a critic: Q at fixed observations, as a function of the action."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from tensordict import TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+EnsembleReduction = Literal["sum", "mean", "min"]
+"""How the critics of an ensemble are combined into the one landscape that the chain climbs."""
+
+
+def check_choice(name: str, value: str, choices: object) -> None:
+    """Raises ValueError unless ``value`` is one of the Literal type ``choices``."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(choices)))}.")
+
+
+def reduce_ensemble(heads: Tensor, reduction: EnsembleReduction) -> Tensor:
+    """Combines the values of an ensemble along its first dimension.
+
+    Args:
+        heads: values, shape [num_critics, *batch].
+        reduction: "sum" (the authors' choice for the drift), "mean" or "min".
+
+    Returns:
+        Combined values, shape [*batch].
+    """
+    if reduction == "min":
+        return heads.amin(0)
+    return heads.sum(0) if reduction == "sum" else heads.mean(0)
+
+
+class LevelValue(abc.ABC):
+    """An ensemble's Q at fixed observations and one noise level: a scalar landscape over actions.
+
+    Actions are normalised, each coordinate in [-1, 1]. A subclass provides :meth:`heads`; it may provide
+    :meth:`gradient` where it knows one that is cheaper than automatic differentiation.
+    """
+
+    reduction: EnsembleReduction
+
+    @abc.abstractmethod
+    def heads(self, action: Tensor) -> Tensor:
+        """Every critic's value, shape [num_critics, *batch], of normalised actions of shape [*batch, action_dim]."""
+
+    def __call__(self, action: Tensor) -> Tensor:
+        """The combined value, shape [*batch]."""
+        return reduce_ensemble(self.heads(action), self.reduction)
+
+    def gradient(self, action: Tensor) -> Tensor:
+        """Gradient of the combined value with respect to the action, shape [*batch, action_dim]."""
+        return action_gradient(self, action)
+
+
+def action_gradient(value: Callable[[Tensor], Tensor], action: Tensor) -> Tensor:
+    """Gradient of a batch of independent values with respect to their actions, by ``torch.func.grad``.
+
+    It works under ``torch.no_grad``, ``torch.inference_mode``, ``torch.vmap`` and ``torch.compile(fullgraph=True)``,
+    where ``torch.autograd.grad`` does not.
+
+    Args:
+        value: maps actions [*batch, action_dim] to values [*batch]; each value depends on its own action only.
+        action: where to differentiate, shape [*batch, action_dim].
+
+    Returns:
+        Gradient, shape [*batch, action_dim].
+
+    Examples:
+        >>> action_gradient(lambda a: -(a**2).sum(-1), torch.tensor([[1.0, -2.0]]))
+        tensor([[-2.,  4.]])
+    """
+    return torch.func.grad(lambda a: value(a).sum())(action)
+
+
+class ActionValue(abc.ABC):
+    """An ensemble's Q at fixed observations. Work that no action changes is done once, on construction."""
+
+    batch_shape: torch.Size
+    """Shape of the batch of observations."""
+
+    dtype: torch.dtype
+    """Type in which actions are sampled."""
+
+    device: torch.device
+    """Where actions are sampled."""
+
+    @abc.abstractmethod
+    def at_level(self, level: int) -> LevelValue:
+        """The landscape over actions at one noise level."""
+
+
+class ModuleLevelValue(LevelValue):
+    """:class:`LevelValue` of any TensorDict module, by ``torch.vmap`` over its stacked parameters."""
+
+    def __init__(self, parent: ModuleActionValue, level: int) -> None:
+        self.parent = parent
+        self.level = level
+        self.reduction = parent.reduction
+
+    def heads(self, action: Tensor) -> Tensor:
+        """Every critic's value, shape [num_critics, *batch]."""
+        parent = self.parent
+        tensordict = parent.inputs.copy()
+        tensordict.set(parent.action_key, action * parent.action_half_range + parent.action_center)
+        if parent.level_key in parent.module.in_keys:
+            tensordict.set(parent.level_key, torch.full(action.shape[:-1], self.level, device=action.device))
+        module, value_key = parent.module, parent.value_key
+
+        def one_critic(parameters: TensorDictBase) -> Tensor:
+            with parameters.to_module(module, preserve_module_state=False):
+                return module(tensordict.copy()).get(value_key).squeeze(-1)
+
+        return torch.vmap(one_critic)(parent.parameters)
+
+
+class ModuleActionValue(ActionValue):
+    """:class:`ActionValue` of any differentiable TensorDict module: nothing is known of its inside.
+
+    Args:
+        module: maps ``in_keys`` (with ``action_key``, and with ``level_key`` where it is noise-conditioned) to
+            ``value_key`` of shape [*batch, 1]; its own parameters are not read.
+        parameters: parameters of the ensemble, stacked along a first dimension.
+        inputs: the module's inputs other than action and level, batch shape [*batch].
+        action_center, action_half_range: the module's actions are ``center + half_range * normalised``.
+        reduction: how the critics are combined.
+        action_key, level_key, value_key: tensordict entries.
+    """
+
+    def __init__(
+        self,
+        module: TensorDictModuleBase,
+        parameters: TensorDictParams | TensorDictBase,
+        inputs: TensorDictBase,
+        *,
+        action_center: Tensor,
+        action_half_range: Tensor,
+        reduction: EnsembleReduction = "sum",
+        action_key: NestedKey = "action",
+        level_key: NestedKey = "level",
+        value_key: NestedKey = "state_action_value",
+    ) -> None:
+        self.module = module
+        # Detached, so that neither the chain nor its caller collects parameter gradients. Never `.data`: it breaks
+        # inside functorch under torch.compile.
+        self.parameters = parameters.detach()
+        self.inputs = inputs
+        self.reduction: EnsembleReduction = reduction
+        self.action_key, self.level_key, self.value_key = action_key, level_key, value_key
+        leaf = next(value for value in inputs.values(True, True) if isinstance(value, Tensor))
+        self.batch_shape, self.device = inputs.batch_size, leaf.device
+        self.dtype = leaf.dtype if leaf.dtype.is_floating_point else torch.get_default_dtype()
+        self.action_center = action_center.to(self.device, self.dtype)
+        self.action_half_range = action_half_range.to(self.device, self.dtype)
+
+    def at_level(self, level: int) -> ModuleLevelValue:
+        """The landscape over actions at one noise level."""
+        return ModuleLevelValue(self, level)
