@@ -69,12 +69,15 @@ def build(golden: Golden) -> tuple[LangevinActor, NCLQLLoss, NCLQLUpdate]:
         num_particles=meta["num_particles"],
     )
     loss = NCLQLLoss(actor, reward_scale=meta["reward_scale"], target_num_particles=meta["num_particles"])
-    loss.make_value_estimator(gamma=meta["gamma"])
+    # As a tensor: TorchRL's estimators keep a number in float32, which a float64 replay would notice.
+    loss.make_value_estimator(gamma=torch.tensor(meta["gamma"], dtype=golden.dtype))
+    optimizer = torch.optim.Adam(loss.parameters(), lr=meta["lr"])
+    update = NCLQLUpdate(loss, optimizer, SoftUpdate(loss, tau=meta["tau"]))
+    # After SoftUpdate, whose constructor makes the target critics equal to the online ones.
     for index, critic in enumerate(CRITICS):
         for name, value in golden.network(f"init/target_{critic}").items():
             _parameter(loss.target_qvalue_network_params, name)[index].copy_(value)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=meta["lr"])
-    return actor, loss, NCLQLUpdate(loss, optimizer, SoftUpdate(loss, tau=meta["tau"]))
+    return actor, loss, update
 
 
 def replay(path: Path, dtype: torch.dtype = torch.float64) -> dict[str, float]:
@@ -191,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Written so that NaN fails too.
             bad = not error <= options.tolerance
             failed |= bad
-            print(f"  {name:32s} {error:9.2e}{'  ABOVE ' + format(options.tolerance, 'g') if bad else ''}")
+            print(f"  {name:26s} {error:9.2e}{'  ABOVE ' + format(options.tolerance, 'g') if bad else ''}")
     return int(failed)
 
 

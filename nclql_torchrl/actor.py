@@ -111,8 +111,7 @@ class LangevinActor(TensorDictModuleBase):
         super().__init__()
         networks = [qvalue_network] if isinstance(qvalue_network, TensorDictModuleBase) else list(qvalue_network)
         if params is None:
-            stacked = TensorDict.from_modules(*networks, as_module=True, expand_identical=True)
-            params = stacked if isinstance(stacked, TensorDictParams) else TensorDictParams(stacked, no_convert=True)
+            params = TensorDict.from_modules(*networks, as_module=True)
         elif len(networks) != 1 or params.ndim != 1:
             raise ValueError(
                 f"With params, expected one qvalue_network and parameters stacked along one dimension; got "
