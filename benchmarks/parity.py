@@ -61,7 +61,7 @@ def build(golden: Golden) -> tuple[LangevinActor, NCLQLLoss, NCLQLUpdate]:
         networks.append(ValueOperator(network, in_keys=["observation", "action", "level"]))
     actor = LangevinActor(
         networks,
-        spec=Bounded(-1.0, 1.0, (meta["act_dim"],), dtype=golden.dtype),
+        spec=Bounded(-1.0, 1.0, torch.Size([meta["act_dim"]]), dtype=golden.dtype),
         schedule=NoiseSchedule(meta["num_levels"], meta["sigma_max"], meta["sigma_min"], meta["step_lr"]),
         steps_per_level=meta["steps_per_level"],
         w=meta["w"],
@@ -97,10 +97,10 @@ def replay(path: Path, dtype: torch.dtype = torch.float64) -> dict[str, float]:
     def compare(name: str, value: Tensor, expected: Tensor) -> None:
         errors[name] = (value.detach().to(expected.dtype) - expected).abs().max().item()
 
-    inputs = TensorDict({key: golden.tensor(f"critic/{key}") for key in ("observation", "action", "level")})
-    values = loss._vmap_qnetworkN0(inputs, loss.qvalue_network_params).get("state_action_value")
+    observation, action, level = (golden.tensor(f"critic/{key}") for key in ("observation", "action", "level"))
+    values = loss.ensemble_values(TensorDict({"observation": observation}, level.shape), action, level)
     for index, critic in enumerate(CRITICS):
-        compare(f"critic/{critic}", values[index].squeeze(-1), golden.exact(f"critic/{critic}"))
+        compare(f"critic/{critic}", values[index], golden.exact(f"critic/{critic}"))
 
     acting = _randomness(golden, "sampler/init", "sampler/noise")
     acting["observation"] = golden.tensor("sampler/observation")
@@ -169,8 +169,7 @@ def _batch(golden: Golden, prefix: str) -> TensorDict:
 def _per_critic_losses(loss: NCLQLLoss, batch: TensorDict) -> dict[str, Tensor]:
     _, metadata = loss.qvalue_loss(batch)
     level = torch.full(batch.batch_size, loss.sampler.schedule.num_levels - 1)
-    inputs = batch.select("observation", "action").set("level", level)
-    values = loss._vmap_qnetworkN0(inputs, loss.qvalue_network_params).get("state_action_value").squeeze(-1).detach()
+    values = loss.ensemble_values(batch, batch["action"], level).detach()
     target = metadata["target_value"]
     return {"td_target": target, "values": values, "losses": (values - target).square().mean(-1)}
 

@@ -18,25 +18,26 @@ from nclql_torchrl.langevin import Boundary, Execution, LangevinSampler, best_pa
 from nclql_torchrl.schedule import NoiseSchedule
 from nclql_torchrl.value import ActionValue, EnsembleReduction, ModuleActionValue, check_choice
 
+DETERMINISTIC_TYPES = (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN)
 DIAGNOSTIC_KEYS = ("gradient_norm", "clipped_fraction", "q_before", "q_after")
 
 
 class LangevinActor(TensorDictModuleBase):
     """Acts by Langevin dynamics on the action gradient of a critic ensemble (NC-LQL, arXiv 2602.07873).
 
-    The actor owns no weights of its own. ``qvalue_network_params`` are the critics' parameters, stacked along a first
-    dimension; :class:`~nclql_torchrl.NCLQLLoss` trains that very object, so the actor always acts on the critics as
-    they are, without copies or synchronisation.
+    The actor owns no weights of its own. ``qvalue_network_params`` are the critics' parameters, stacked along a
+    first dimension; :class:`~nclql_torchrl.NCLQLLoss` trains that very object, so the actor always acts on the critics
+    as they are, without copies or synchronisation.
 
-    Under ``ExplorationType.RANDOM`` (and outside any ``set_exploration_type``) chains start uniformly in the action box
-    and carry noise. Under ``DETERMINISTIC``, ``MODE`` or ``MEAN`` they start at fixed points (the middle of the box;
-    with several particles the others at points of a Sobol sequence) and carry none, so the same observation always
-    gives the same action.
+    Under ``ExplorationType.RANDOM`` (and outside any ``set_exploration_type``) chains start uniformly in the action
+    box and carry noise. Under ``DETERMINISTIC``, ``MODE`` or ``MEAN`` they start at fixed points (the middle of the
+    box; with several particles the others at points of a Sobol sequence) and carry none, so the same observation
+    always gives the same action.
 
     Args:
         qvalue_network: a critic, or a list with one module per member of the ensemble. Each maps ``observation`` keys,
             the action and, where it is noise-conditioned, an integer ``level`` to a value of shape [*batch, 1]. The
-            modules' initial weights are kept exactly, but copied: from then on ``qvalue_network_params`` is what counts.
+            modules' weights are kept exactly, but copied: from then on ``qvalue_network_params`` is what counts.
         params: parameters to read instead of the modules' own, stacked along a first dimension: for example
             ``loss.qvalue_network_params`` of any TorchRL loss. Then ``qvalue_network`` is one module.
 
@@ -52,8 +53,8 @@ class LangevinActor(TensorDictModuleBase):
         boundary: "clip" or "reflect" at the faces of the box.
         execution: "eager" or "compile".
         diagnostics: adds the out_keys ``gradient_norm`` (of the combined critics at the returned action),
-            ``clipped_fraction`` (share of the action's coordinates on a face), ``q_before`` and ``q_after`` (lowest critic
-            at the chain's start and end), each of shape [*batch, 1], for actions in [-1, 1].
+            ``clipped_fraction`` (share of the action's coordinates on a face), ``q_before`` and ``q_after`` (lowest
+            critic at the chain's start and end), each of shape [*batch, 1], for actions in [-1, 1].
         action_key, level_key, value_key: tensordict entries of the critic; the action is written to ``action_key``.
         initial_action_key: optional input, normalised starts of shape [*batch, num_particles, action_dim].
         noise_key: optional input, standard normal noise of shape
@@ -121,8 +122,12 @@ class LangevinActor(TensorDictModuleBase):
         self.__dict__["qvalue_network"] = networks[0]
         self.qvalue_network_params = params
 
-        for name, count in (("num_particles", num_particles), ("deterministic_num_particles", deterministic_num_particles)):
-            if count is not None and count < 1:
+        deterministic_num_particles = (
+            num_particles if deterministic_num_particles is None else deterministic_num_particles
+        )
+        counts = {"num_particles": num_particles, "deterministic_num_particles": deterministic_num_particles}
+        for name, count in counts.items():
+            if count < 1:
                 raise ValueError(f"{name} is {count}; expected at least 1.")
         check_choice("ensemble_reduction", ensemble_reduction, EnsembleReduction)
         if isinstance(spec, Composite):
@@ -143,7 +148,6 @@ class LangevinActor(TensorDictModuleBase):
         self.sampler.action_center = self.sampler.action_center.to(leaf.dtype)
         self.sampler.action_half_range = self.sampler.action_half_range.to(leaf.dtype)
         self.num_particles = num_particles
-        deterministic_num_particles = deterministic_num_particles or num_particles
         starts = _fixed_starts(deterministic_num_particles, self.sampler.action_dim)
         self.register_buffer("deterministic_start", starts.to(leaf.device, leaf.dtype))
         self.ensemble_reduction: EnsembleReduction = ensemble_reduction
@@ -152,10 +156,12 @@ class LangevinActor(TensorDictModuleBase):
         self.action_key, self.level_key, self.value_key = action_key, level_key, value_key
         self.initial_action_key, self.noise_key = initial_action_key, noise_key
         self._spec = Composite({action_key: spec})
-        self.in_keys = [key for key in self.qvalue_network.in_keys if key not in (action_key, level_key)]
+        self.in_keys: list[NestedKey] = [
+            key for key in self.qvalue_network.in_keys if key not in (action_key, level_key)
+        ]
         if not self.in_keys:
-            raise ValueError(f"The critic's in_keys are {self.qvalue_network.in_keys}; expected an observation beside them.")
-        self.out_keys = [action_key, *(DIAGNOSTIC_KEYS if diagnostics else ())]
+            raise ValueError(f"The critic's in_keys are {self.qvalue_network.in_keys}; expected an observation too.")
+        self.out_keys: list[NestedKey] = [action_key, *(DIAGNOSTIC_KEYS if diagnostics else ())]
 
     @property
     def spec(self) -> Composite:
@@ -172,7 +178,7 @@ class LangevinActor(TensorDictModuleBase):
         Returns:
             The same tensordict, with the action of shape [*batch, action_dim].
         """
-        deterministic = interaction_type() in (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN)
+        deterministic = interaction_type() in DETERMINISTIC_TYPES
         num_particles = self.deterministic_start.shape[0] if deterministic else self.num_particles
         value = self.action_value(tensordict, num_particles=num_particles)
         start, noise = self.explicit_randomness(tensordict, value)
@@ -180,7 +186,7 @@ class LangevinActor(TensorDictModuleBase):
             start = self.deterministic_start.reshape(num_particles, *(1,) * (len(value.batch_shape) - 1), -1)
             start = start.expand(*value.batch_shape, -1)
         elif start is None and self.diagnostics:
-            start = torch.rand(*value.batch_shape, self.sampler.action_dim, dtype=value.dtype, device=value.device) * 2 - 1
+            start = self.sampler.random_start(value)
         particles = self.sampler(value, start, noise, deterministic=deterministic)
         tensordict.set(self.action_key, self.sampler.to_environment(self.select(value, particles)))
         if self.diagnostics:
@@ -210,7 +216,9 @@ class LangevinActor(TensorDictModuleBase):
         inputs = inputs.expand(num_particles, *inputs.batch_size)
         network = getattr(self.qvalue_network, "module", None)
         if isinstance(network, NoiseConditionedQNetwork) and self.qvalue_network.in_keys == [
-            *self.in_keys, self.action_key, self.level_key
+            *self.in_keys,
+            self.action_key,
+            self.level_key,
         ]:
             return network.action_value(
                 params["module"],
@@ -232,8 +240,10 @@ class LangevinActor(TensorDictModuleBase):
             value_key=self.value_key,
         )
 
-    def explicit_randomness(self, tensordict: TensorDictBase, value: ActionValue) -> tuple[Tensor | None, Tensor | None]:
-        """The chain's start and noise where the tensordict brings its own, particles first, as the sampler takes them."""
+    def explicit_randomness(
+        self, tensordict: TensorDictBase, value: ActionValue
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The chain's start and noise where the tensordict brings its own, in the sampler's layout, else None."""
         start = tensordict.get(self.initial_action_key, None)
         noise = tensordict.get(self.noise_key, None)
         batch_ndim = len(value.batch_shape) - 1
@@ -244,7 +254,7 @@ class LangevinActor(TensorDictModuleBase):
         return start, noise
 
     def select(self, value: ActionValue, particles: Tensor) -> Tensor:
-        """The particle with the highest lowest-critic value: [num_particles, *batch, action_dim] -> [*batch, action_dim]."""
+        """The particle whose lowest critic is highest: [num_particles, *batch, action_dim] -> [*batch, action_dim]."""
         if particles.shape[0] == 1:
             return particles[0]
         return best_particle(particles, self.sampler.score(value, particles))
@@ -268,7 +278,8 @@ def _action_box(spec: TensorSpec | None) -> tuple[Tensor, Tensor]:
             f"The action spec is {spec}; expected a torchrl.data.Bounded spec of one dimension "
             "(an environment's `action_spec_unbatched`), because Langevin chains live in a box."
         )
-    return spec.space.low, spec.space.high
+    low, high = spec.low, spec.high
+    return low, high
 
 
 def _fixed_starts(num_particles: int, action_dim: int) -> Tensor:

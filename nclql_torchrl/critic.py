@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ class NoiseConditionedQNetwork(nn.Module):
         self.embed = nn.ModuleList(
             [linear(LEVEL_EMBEDDING_DIM, LEVEL_HIDDEN_DIM), linear(LEVEL_HIDDEN_DIM, LEVEL_EMBEDDING_DIM)]
         )
-        self.trunk = nn.ModuleList([linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.trunk = nn.ModuleList([linear(inputs, outputs) for inputs, outputs in pairwise(sizes)])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -184,16 +185,17 @@ class EnsembleActionValue(ActionValue):
         self.batch_shape = observation.shape[:-1]
         self.dtype, self.device = observation.dtype, observation.device
         parameters = parameters.detach()
-        layers = [parameters["trunk", str(index)] for index in range(len(network.trunk))]
-        first = layers[0]["weight"]
+        weights = [parameters.get(("trunk", str(index), "weight")) for index in range(len(network.trunk))]
+        biases = [parameters.get(("trunk", str(index), "bias")).unsqueeze(-2) for index in range(len(network.trunk))]
+        first = weights[0]
         split = [network.observation_dim, network.action_dim, LEVEL_EMBEDDING_DIM]
         observation_weight, action_weight, embedding_weight = first.split(split, dim=-1)
         # Normalised action u -> environment's action -> the critic's own normalisation: one affine map, folded here.
-        half_range = parameters["action_half_range"]
+        half_range = parameters.get("action_half_range")
         scale = (action_half_range.to(first) / half_range).unsqueeze(-2)
-        shift = ((action_center.to(first) - parameters["action_center"]) / half_range).unsqueeze(-1)
+        shift = ((action_center.to(first) - parameters.get("action_center")) / half_range).unsqueeze(-1)
         self.action_weight = action_weight * scale
-        bias = layers[0]["bias"].unsqueeze(-2) + (action_weight @ shift).mT
+        bias = biases[0] + (action_weight @ shift).mT
         self.observation_features = observation.reshape(-1, observation.shape[-1]) @ observation_weight.mT + bias
 
         levels = torch.arange(num_levels, device=self.device)
@@ -203,10 +205,8 @@ class EnsembleActionValue(ActionValue):
                 return network.embed_level(levels)
 
         self.level_features = torch.vmap(embed)(parameters) @ embedding_weight.mT
-        self.weights = [layer["weight"] for layer in layers[1:-1]]
-        self.biases = [layer["bias"].unsqueeze(-2) for layer in layers[1:-1]]
-        self.output_weight = layers[-1]["weight"]
-        self.output_bias = layers[-1]["bias"]
+        self.weights, self.biases = weights[1:-1], biases[1:-1]
+        self.output_weight, self.output_bias = weights[-1], biases[-1]
 
     def at_level(self, level: int) -> EnsembleLevelValue:
         """The landscape over actions at one noise level."""
@@ -231,7 +231,7 @@ class EnsembleLevelValue(LevelValue):
         weights: the other hidden layers, each [num_critics, hidden_out, hidden_in].
         biases: likewise, each [num_critics, 1, hidden_out].
         output_weight: shape [num_critics, 1, hidden].
-        output_bias: shape [num_critics, 1].
+        output_bias: shape [num_critics, 1, 1].
         reduction: how the critics are combined.
         batch_shape: shape of the batch of observations; its flattened size is ``batch``.
     """
@@ -263,7 +263,7 @@ class EnsembleLevelValue(LevelValue):
         hidden = F.mish(self._first_layer(action))
         for weight, bias in zip(self.weights, self.biases, strict=True):
             hidden = F.mish(torch.baddbmm(bias, hidden, weight.mT))
-        values = (hidden @ self.output_weight.mT).squeeze(-1) + self.output_bias
+        values = torch.baddbmm(self.output_bias, hidden, self.output_weight.mT).squeeze(-1)
         return values.reshape(-1, *self.batch_shape)
 
     def gradient(self, action: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ class EnsembleLevelValue(LevelValue):
             slopes.append(slope)
         delta = self.output_weight * slopes[-1]
         if self.reduction == "min":
-            values = (hidden @ self.output_weight.mT) + self.output_bias.unsqueeze(-1)
+            values = torch.baddbmm(self.output_bias, hidden, self.output_weight.mT)
             lowest = values.amin(0, keepdim=True)
             is_lowest = (values == lowest).to(values.dtype)
             # Ties share the gradient, as torch.amin's own derivative does.

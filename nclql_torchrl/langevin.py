@@ -122,9 +122,7 @@ def langevin_chain(
         value = value_at_level(level)
         for index in range(steps_per_level):
             step_noise = None if noise is None else noise[level, index]
-            initial_action = step(
-                value, initial_action, step_noise, step_size, w, normalize_gradient, boundary
-            )
+            initial_action = step(value, initial_action, step_noise, step_size, w, normalize_gradient, boundary)
     return initial_action
 
 
@@ -247,13 +245,12 @@ class LangevinSampler(nn.Module):
             Normalised actions, shape [*batch, action_dim].
         """
         shape = (*value.batch_shape, self.action_dim)
-        options = {"dtype": value.dtype, "device": value.device}
-        if initial_action is None:
-            initial_action = torch.zeros(shape, **options)
-            if not deterministic:
-                initial_action = torch.rand(shape, **options) * 2.0 - 1.0
+        if initial_action is None and deterministic:
+            initial_action = torch.zeros(shape, dtype=value.dtype, device=value.device)
+        elif initial_action is None:
+            initial_action = self.random_start(value)
         if noise is None and not deterministic:
-            noise = torch.randn((*self.noise_shape, *shape), **options)
+            noise = torch.randn((*self.noise_shape, *shape), dtype=value.dtype, device=value.device)
         return langevin_chain(
             value.at_level,
             initial_action,
@@ -265,6 +262,11 @@ class LangevinSampler(nn.Module):
             boundary=self.boundary,
             step=self._step,
         )
+
+    def random_start(self, value: ActionValue) -> Tensor:
+        """Uniform normalised starts for chains on ``value``, shape [*batch, action_dim]."""
+        shape = (*value.batch_shape, self.action_dim)
+        return torch.rand(shape, dtype=value.dtype, device=value.device) * 2.0 - 1.0
 
     def to_environment(self, normalised_action: Tensor) -> Tensor:
         """Actions in [-1, 1] -> actions in the environment's units, shape [*batch, action_dim]."""

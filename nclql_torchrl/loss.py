@@ -20,8 +20,8 @@ METADATA_KEYS = ("td_error", "pred_value", "target_value", "next_state_value")
 class NCLQLLoss(LossModule):
     """Loss of the noise-conditioned critics of NC-LQL (arXiv 2602.07873).
 
-    - ``loss_qvalue`` is the squared TD error of every critic at the noise-free level. The next action is sampled by the
-      actor's own chain, the target is the lowest target critic; there is no entropy term, and truncation bootstraps.
+    - ``loss_qvalue`` is the squared TD error of every critic at the noise-free level. The next action is sampled by
+      the actor's own chain, the target is the lowest target critic; there is no entropy term, truncation bootstraps.
     - ``loss_noise`` teaches the noisy levels: at ``action + sigma_l z`` every critic regresses to the ensemble's mean
       value of the clean action, so that level ``l`` learns a landscape smoothed by ``sigma_l``. With one level (LQL)
       it is zero.
@@ -36,7 +36,7 @@ class NCLQLLoss(LossModule):
 
     Keyword Args:
         delay_qvalue: whether targets come from separate target parameters (a ``SoftUpdate`` moves them).
-        delay_actor: whether the next action is sampled from the target critics. The authors sample from the online ones.
+        delay_actor: whether the next action is sampled from the target critics; the authors use the online ones.
         reward_scale: factor on the reward.
         target_num_particles: particles of the chains that draw next actions.
         clip_noisy_action: whether ``action + sigma_l z`` is clipped to the action range. The authors do not.
@@ -79,9 +79,9 @@ class NCLQLLoss(LossModule):
     class _AcceptedKeys:
         """Tensordict entries, changed with ``set_keys``.
 
-        ``noise_level`` (integers, shape [*batch]) and ``action_noise`` (standard normal, shape [*batch, action_dim]) are
-        optional inputs that replace the loss's own draws; the actor's ``initial_action`` and ``langevin_noise`` do so
-        under "next".
+        ``noise_level`` (integers, shape [*batch]) and ``action_noise`` (standard normal, shape [*batch, action_dim])
+        are optional inputs that replace the loss's own draws; the actor's ``initial_action`` and ``langevin_noise`` do
+        so under "next".
         """
 
         action: NestedKey = "action"
@@ -147,8 +147,8 @@ class NCLQLLoss(LossModule):
 
         # The actor goes where LossModule keeps structure without parameters. Its parameters and its sampler become the
         # loss's own, as the same objects, so that `.to(device)` on either moves both.
-        self.__dict__["actor_network"] = actor_network
-        self.__dict__["qvalue_network"] = actor_network.qvalue_network
+        self.__dict__["actor_network"] = actor_network  # pyright: ignore[reportIndexIssue]
+        self.__dict__["qvalue_network"] = actor_network.qvalue_network  # pyright: ignore[reportIndexIssue]
         self.qvalue_network_params = actor_network.qvalue_network_params
         self.sampler = actor_network.sampler
         if delay_qvalue:
@@ -197,7 +197,7 @@ class NCLQLLoss(LossModule):
                 },
                 value_network=None,
                 deactivate_vmap=self.deactivate_vmap,
-                **options,
+                **(options or {}),
             )
         return self
 
@@ -229,13 +229,13 @@ class NCLQLLoss(LossModule):
         """Entries that the loss returns: the two losses, then detached diagnostics."""
         if self._out_keys is None:
             self._out_keys = ["loss_qvalue", "loss_noise", *METADATA_KEYS]
-        return self._out_keys
+        return self._out_keys  # pyright: ignore[reportReturnType]
 
     @out_keys.setter
     def out_keys(self, values: list[NestedKey]) -> None:
         self._out_keys = values
 
-    @dispatch
+    @dispatch  # pyright: ignore[reportArgumentType]
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Both losses at the present parameters, and writes the TD error for prioritised replay.
 
@@ -243,9 +243,9 @@ class NCLQLLoss(LossModule):
             tensordict: a batch of transitions.
 
         Returns:
-            ``loss_qvalue`` and ``loss_noise``, and detached ``td_error`` (largest over the critics), ``pred_value`` (mean
-            over them), ``target_value`` and ``next_state_value``; per sample with ``reduction="none"``, else reduced
-            (diagnostics always to their mean).
+            ``loss_qvalue`` and ``loss_noise``, and detached ``td_error`` (largest over the critics), ``pred_value``
+            (mean over them), ``target_value`` and ``next_state_value``; per sample with ``reduction="none"``, else
+            reduced (diagnostics always to their mean).
         """
         loss_qvalue, metadata = self.qvalue_loss(tensordict)
         loss_noise = self.noise_loss(tensordict, metadata["pred_value"])
@@ -269,7 +269,7 @@ class NCLQLLoss(LossModule):
         target_value, next_state_value = self._target(tensordict)
         last_level = self.sampler.schedule.num_levels - 1
         level = torch.full(tensordict.batch_size, last_level, device=target_value.device)
-        predictions = self._predict(tensordict, tensordict.get(self.tensor_keys.action), level, self.qvalue_network_params)
+        predictions = self.ensemble_values(tensordict, tensordict.get(self.tensor_keys.action), level)
         targets = target_value.expand_as(predictions)
         loss = distance_loss(predictions, targets, loss_function=self.loss_function).sum(0)
         loss = self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))
@@ -299,7 +299,7 @@ class NCLQLLoss(LossModule):
         if target is None:
             level = torch.full(tensordict.batch_size, num_noisy, device=action.device)
             with torch.no_grad():
-                target = self._predict(tensordict, action, level, self.qvalue_network_params).mean(0)
+                target = self.ensemble_values(tensordict, action, level).mean(0)
         if num_noisy == 0:
             return self._reduce_loss(torch.zeros_like(target), tensordict=tensordict)
         level = tensordict.get(self.tensor_keys.noise_level, None)
@@ -314,19 +314,35 @@ class NCLQLLoss(LossModule):
         if self.clip_noisy_action:
             center, half_range = self.sampler.action_center, self.sampler.action_half_range
             noisy_action = noisy_action.clamp(center - half_range, center + half_range)
-        predictions = self._predict(tensordict, noisy_action, level, self.qvalue_network_params)
+        predictions = self.ensemble_values(tensordict, noisy_action, level)
         loss = distance_loss(predictions, target.expand_as(predictions), loss_function=self.loss_function).sum(0)
         return self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))
 
-    def _predict(
-        self, tensordict: TensorDictBase, action: Tensor, level: Tensor, params: TensorDictParams | TensorDictBase
+    def ensemble_values(
+        self,
+        tensordict: TensorDictBase,
+        action: Tensor,
+        level: Tensor,
+        params: TensorDictParams | TensorDictBase | None = None,
     ) -> Tensor:
-        """Values of the whole ensemble, shape [num_critics, *batch]."""
+        """Values of the whole ensemble.
+
+        Args:
+            tensordict: holds the observation, batch shape [*batch].
+            action: in the environment's units, shape [*batch, action_dim].
+            level: integer noise levels, shape [*batch].
+            params: the critics' parameters, by default the live ones.
+
+        Returns:
+            Values, shape [num_critics, *batch].
+        """
         actor = self.actor_network
+        params = self.qvalue_network_params if params is None else params
         inputs = tensordict.select(*actor.in_keys)
         inputs.set(actor.action_key, action)
         if actor.level_key in self.qvalue_network.in_keys:
             inputs.set(actor.level_key, level)
+        assert self._vmap_qnetworkN0 is not None
         return self._vmap_qnetworkN0(inputs, params).get(self.tensor_keys.state_action_value).squeeze(-1)
 
     @torch.no_grad()
@@ -348,7 +364,7 @@ class NCLQLLoss(LossModule):
         next_action = self.sampler.to_environment(actor.select(value, self.sampler(value, start, noise)))
 
         level = torch.full(tensordict.batch_size, self.sampler.schedule.num_levels - 1, device=next_action.device)
-        next_values = self._predict(next_tensordict, next_action, level, self.target_qvalue_network_params)
+        next_values = self.ensemble_values(next_tensordict, next_action, level, self.target_qvalue_network_params)
         next_state_value = next_values.amin(0)
         reward_key = ("next", self.tensor_keys.reward)
         tensordict.set(reward_key, tensordict.get(reward_key) * self.reward_scale)

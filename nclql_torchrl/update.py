@@ -43,8 +43,10 @@ class NCLQLUpdate:
         >>> update = NCLQLUpdate(loss, torch.optim.Adam(loss.parameters(), lr=1e-4), SoftUpdate(loss, tau=0.005))
         >>> batch = TensorDict({
         ...     "observation": torch.randn(8, 3), "action": torch.zeros(8, 2),
-        ...     "next": {"observation": torch.randn(8, 3), "reward": torch.ones(8, 1),
-        ...              "done": torch.zeros(8, 1, dtype=torch.bool), "terminated": torch.zeros(8, 1, dtype=torch.bool)},
+        ...     "next": {
+        ...         "observation": torch.randn(8, 3), "reward": torch.ones(8, 1),
+        ...         "done": torch.zeros(8, 1, dtype=torch.bool), "terminated": torch.zeros(8, 1, dtype=torch.bool),
+        ...     },
         ... }, [8])
         >>> sorted(update(batch).keys())
         ['loss_noise', 'loss_qvalue', 'next_state_value', 'pred_value', 'target_value', 'td_error']
