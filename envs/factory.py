@@ -57,7 +57,9 @@ def make_env(
     if num_envs < 1:
         raise ValueError(f"num_envs is {num_envs}; expected at least 1.")
     if engine not in ("auto", *ENGINES):
-        raise ValueError(f"There is no engine {engine!r}; expected auto, {', '.join(ENGINES)}. {nearest(engine, ENGINES)}")
+        raise ValueError(
+            f"There is no engine {engine!r}; expected auto, {', '.join(ENGINES)}. {nearest(engine, ENGINES)}"
+        )
     if task not in list_tasks():
         raise ValueError(f"There is no task {task!r} in Gymnasium's registry; {nearest(task, list_tasks())}")
     from envs.engines.gymnasium import GymnasiumEnvs

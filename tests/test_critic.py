@@ -27,12 +27,15 @@ def test_sizes_are_the_authors(observation_dim: int, action_dim: int, parameters
 
 def test_initialisation_is_truncated_normal_with_zero_biases() -> None:
     torch.manual_seed(0)
-    weight = NoiseConditionedQNetwork(17, 6).trunk[1].weight
+    layer = NoiseConditionedQNetwork(17, 6).trunk[1]
+    assert isinstance(layer, torch.nn.Linear)
+    weight = layer.weight
     deviation = 256**-0.5
     assert weight.abs().max() <= 2 * deviation
     # A standard normal cut at two deviations has standard deviation 0.8796; 65,536 draws know it to about 0.3%.
     assert abs(weight.std().item() / deviation - 0.8796) < 0.01
-    assert all((layer.bias == 0).all() for layer in NoiseConditionedQNetwork(3, 2).trunk)
+    parameters = NoiseConditionedQNetwork(3, 2).trunk.named_parameters()
+    assert all(not parameter.any() for name, parameter in parameters if name.endswith("bias"))
 
 
 def test_level_changes_the_value_and_any_batch_shape_works() -> None:

@@ -122,7 +122,7 @@ def _write_state(env: gymnasium.Env, state: Mapping[str, Any]) -> None:
             wrapper._elapsed_steps = elapsed  # pyright: ignore
     simulation: Any = env.unwrapped
     if "mujoco" in state:
-        import mujoco
+        mujoco = _mujoco()
 
         mujoco.mj_setState(
             simulation.model, simulation.data, state["mujoco"].numpy(), mujoco.mjtState.mjSTATE_INTEGRATION
@@ -134,9 +134,15 @@ def _write_state(env: gymnasium.Env, state: Mapping[str, Any]) -> None:
 
 
 def _mujoco_state(simulation: Any) -> np.ndarray:
-    import mujoco
-
+    mujoco = _mujoco()
     kind = mujoco.mjtState.mjSTATE_INTEGRATION
     state = np.empty(mujoco.mj_stateSize(simulation.model, kind))
     mujoco.mj_getState(simulation.model, simulation.data, state, kind)
     return state
+
+
+def _mujoco() -> Any:
+    """The module, imported on use; its compiled functions have no type stubs."""
+    import mujoco
+
+    return mujoco
