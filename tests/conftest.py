@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded
+from torchrl.modules import ValueOperator
 
+from nclql_torchrl import LangevinActor, NoiseConditionedQNetwork
 from nclql_torchrl.training import TrainConfig
 from nclql_torchrl.training.config import load_config
 
@@ -34,11 +40,53 @@ TINY = (
 """A run of a second that passes through everything: warm-up, a full replay buffer, rows, evaluations, checkpoints."""
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every run of a test."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> Callable[..., TrainConfig]:
     """Makes a tiny Pendulum run in ``tmp_path/run``; arguments are further ``name=value`` overrides."""
 
     def make(*overrides: str) -> TrainConfig:
         return load_config({}, [*TINY, f"run_dir={tmp_path / 'run'}", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def make_actor() -> Callable[..., LangevinActor]:
+    """Makes a small actor over observations of size 4 and actions of size 2 in [-2, 2]; options are the actor's."""
+
+    def make(num_critics: int = 2, **options: Any) -> LangevinActor:
+        def critic() -> ValueOperator:
+            network = NoiseConditionedQNetwork(4, 2, (16, 16), action_low=-2.0, action_high=2.0)
+            return ValueOperator(network, in_keys=["observation", "action", "level"])
+
+        options.setdefault("spec", Bounded(-2.0, 2.0, (2,)))
+        return LangevinActor([critic() for _ in range(num_critics)], **options)
+
+    return make
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., TensorDict]:
+    """Makes transitions that fit ``make_actor``, of any batch shape."""
+
+    def make(*shape: int) -> TensorDict:
+        shape = shape or (12,)
+        terminated = torch.zeros(*shape, 1, dtype=torch.bool)
+        terminated.view(-1)[::4] = True
+        following = {
+            "observation": torch.randn(*shape, 4),
+            "reward": torch.randn(*shape, 1),
+            "terminated": terminated,
+            "done": terminated.clone(),
+        }
+        return TensorDict(
+            {"observation": torch.randn(*shape, 4), "action": torch.rand(*shape, 2) * 4 - 2, "next": following}, shape
+        )
 
     return make
