@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModuleBase, dispatch
-from tensordict.utils import NestedKey, expand_as_right
+from tensordict.utils import NestedKey, expand_as_right, unravel_key
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, _vmap_func, dispatch_value_estimator, distance_loss
@@ -211,7 +211,7 @@ class NCLQLLoss(LossModule):
             *observation_keys,
             *[("next", key) for key in observation_keys],
         ]
-        self._in_keys = list(dict.fromkeys(keys))
+        self._in_keys = list(dict.fromkeys(unravel_key(key) for key in keys))
 
     @property
     def in_keys(self) -> list[NestedKey]:

@@ -65,7 +65,7 @@ def make_actor() -> Callable[..., LangevinActor]:
             network = NoiseConditionedQNetwork(4, 2, (16, 16), action_low=-2.0, action_high=2.0)
             return ValueOperator(network, in_keys=["observation", "action", "level"])
 
-        options.setdefault("spec", Bounded(-2.0, 2.0, (2,)))
+        options.setdefault("spec", Bounded(-2.0, 2.0, torch.Size([2])))
         return LangevinActor([critic() for _ in range(num_critics)], **options)
 
     return make

@@ -35,7 +35,7 @@ def test_any_batch_shape_stays_in_the_box(make_actor: MakeActor, shape: tuple[in
 
 def test_uneven_bounds_are_reached_and_kept(make_actor: MakeActor) -> None:
     low, high = torch.tensor([-3.0, 0.5]), torch.tensor([-1.0, 4.0])
-    action = make_actor(spec=Bounded(low, high, (2,)), w=1e-3)(observations(500))["action"]
+    action = make_actor(spec=Bounded(low, high, torch.Size([2])), w=1e-3)(observations(500))["action"]
     assert (action >= low).all() and (action <= high).all()
     assert (action.amax(0) - action.amin(0) > 0.2 * (high - low)).all()
 
@@ -123,7 +123,7 @@ def test_keys_can_be_renamed_and_nested() -> None:
     critic = ValueOperator(network, in_keys=keys, out_keys=["q"])
     actor = LangevinActor(
         [critic],
-        spec=Composite({("agent", "control"): Bounded(-1.0, 1.0, (2,))}),
+        spec=Composite({("agent", "control"): Bounded(-1.0, 1.0, torch.Size([2]))}),
         action_key=("agent", "control"),
         level_key="sigma_index",
         value_key="q",
@@ -144,7 +144,9 @@ def test_any_differentiable_critic_is_sampled() -> None:
             return -self.scale * (action - target).square().sum(-1, keepdim=True)
 
     critic = ValueOperator(Valley(), in_keys=["target", "action"])
-    actor = LangevinActor([critic, critic], spec=Bounded(-1.0, 1.0, (2,)), schedule=NoiseSchedule.constant(1e-4))
+    actor = LangevinActor(
+        [critic, critic], spec=Bounded(-1.0, 1.0, torch.Size([2])), schedule=NoiseSchedule.constant(1e-4)
+    )
     tensordict = TensorDict({"target": torch.rand(20, 2) - 0.5}, [20])
     tensordict["initial_action"] = tensordict["target"].unsqueeze(1)
     assert actor.in_keys == ["target"]
@@ -163,7 +165,7 @@ def test_the_constructor_keeps_the_critics_weights(make_actor: MakeActor) -> Non
         ValueOperator(NoiseConditionedQNetwork(4, 2, (8,)), in_keys=["observation", "action", "level"])
         for _ in range(3)
     ]
-    actor = LangevinActor(critics, spec=Bounded(-1.0, 1.0, (2,)))
+    actor = LangevinActor(critics, spec=Bounded(-1.0, 1.0, torch.Size([2])))
     expected = torch.stack([critic.module.trunk[0].weight for critic in critics])
     assert torch.equal(actor.qvalue_network_params["module", "trunk", "0", "weight"], expected)
     assert isinstance(actor.qvalue_network_params, TensorDictParams)
