@@ -1,0 +1,49 @@
+"""JAX arrays and torch tensors over the same memory, on the CPU or a CUDA device.
+
+Neither direction copies or waits for a CUDA device: DLPack orders the two libraries' streams. Shared memory asks for
+care: what was made a tensor must not be donated to a later JAX computation, and a tensor made an array must not be
+written to before the JAX computation that reads it has given its results to torch.
+"""
+
+from __future__ import annotations
+
+import jax
+import torch
+
+
+def to_torch(array: jax.Array) -> torch.Tensor:
+    """The tensor of an array's memory.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> to_torch(jnp.arange(3.0))
+        tensor([0., 1., 2.])
+    """
+    # Given the array and not its capsule, torch tells JAX on which stream it will read.
+    return torch.from_dlpack(array)
+
+
+def to_jax(tensor: torch.Tensor) -> jax.Array:
+    """The array of a tensor's memory; a tensor that is not contiguous or not aligned to 64 bytes is copied first.
+
+    Examples:
+        >>> to_jax(torch.ones(2)).shape
+        (2,)
+    """
+    return jax.dlpack.from_dlpack(tensor.detach().contiguous())
+
+
+def to_jax_device(device: torch.device) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
+    """JAX's name of a torch device.
+
+    Raises:
+        RuntimeError: if JAX does not see the device.
+    """
+    index = device.index or 0
+    try:
+        return jax.local_devices(backend=device.type)[index]
+    except (RuntimeError, IndexError) as error:
+        raise RuntimeError(
+            f"Device {str(device)!r} is visible to torch but not to JAX. Install JAX for CUDA (pip install "
+            "'jax[cuda12]'), or choose engine='gymnasium'."
+        ) from error
