@@ -43,7 +43,7 @@ class Engine(Protocol):
     action_high: torch.Tensor
 
     def seed(self, seed: int) -> None:
-        """Fixes the initial states of all episodes from here on."""
+        """Fixes the initial states of all episodes from here on; those under way go on."""
 
     def step(self, action: torch.Tensor) -> Step:
         """One control step with ``action`` [num_envs, action_dim] float32; ended episodes are followed by new ones."""
@@ -147,6 +147,8 @@ class BatchedEnv(EnvBase):
 
     def _set_seed(self, seed: int | None) -> None:
         self._engine.seed(0 if seed is None else seed)
+        # Episodes that were begun already came of the old seed: a reset asks for others.
+        self._prepared = torch.zeros_like(self._prepared)
 
     def set_state(self, qpos: torch.Tensor, qvel: torch.Tensor) -> TensorDictBase:
         """Begins an episode in every environment from a given state.

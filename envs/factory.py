@@ -109,11 +109,12 @@ def make_mjx_env(
                 f"There is no option {option!r} of {task!r} with the engine 'mjx', which has {', '.join(options)}; "
                 f"{nearest(option, options)}"
             )
-    # Imported on use: this starts JAX.
+    definition = TASKS[task](**task_options)
+    # Imported on use: this imports JAX.
     from envs.batched import BatchedEnv
     from envs.engines.mjx import MJXEngine
 
-    return BatchedEnv(MJXEngine(TASKS[task](**task_options), num_envs, device=device), seed=seed)
+    return BatchedEnv(MJXEngine(definition, num_envs, device=device), seed=seed)
 
 
 def nearest(name: str, choices: tuple[str, ...]) -> str:

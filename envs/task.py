@@ -86,6 +86,13 @@ class Task(ABC):
             Positions [nq] and velocities [nv].
         """
 
+    def recentre(self, xp: Any, qpos: Array) -> Array:
+        """Positions [nq] nearer the origin that neither physics nor the task can tell from ``qpos``; by default itself.
+
+        In float32 a position of 500 m is known to 0.03 mm, which a control step makes an error of 0.6 mm/s.
+        """
+        return qpos
+
     @abstractmethod
     def observe(self, xp: Any, physics: Physics) -> Array:
         """The observation [observation_dim]."""

@@ -5,7 +5,9 @@ On a CPU this engine is correct but slower than Gymnasium.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -20,7 +22,9 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import torch
-from mujoco import mjx
+
+with contextlib.redirect_stdout(io.StringIO()):  # MJX prints that it found no Warp, which is not used here.
+    from mujoco import mjx
 
 from envs.batched import Step
 from envs.bridge import to_jax, to_jax_device, to_torch
@@ -90,12 +94,13 @@ class Dynamics:
             return jax.vmap(self._step_one)(state, action)
 
     def _step_one(self, state: State, action: jax.Array) -> tuple[State, Transition]:
-        before = self._physics(state).replace(ctrl=jnp.clip(action, self.action_low, self.action_high))
+        before = self._physics(state | {"qpos": self.task.recentre(jnp, state["qpos"])})
+        driven = before.replace(ctrl=jnp.clip(action, self.action_low, self.action_high))
 
         def substep(physics: Any, _: None) -> tuple[Any, None]:
             return mjx.step(self.model, physics), None
 
-        after, _ = jax.lax.scan(substep, before, length=self.task.frame_skip)
+        after, _ = jax.lax.scan(substep, driven, length=self.task.frame_skip)
         elapsed_steps = state["elapsed_steps"] + 1
         ended = state | self._fields(after) | {"elapsed_steps": elapsed_steps}
         terminated = self.task.terminated(jnp, after)
@@ -164,17 +169,22 @@ class MJXEngine:
         self._dynamics = make_dynamics(task, self._jax_device)
         self.action_low = torch.from_numpy(self._dynamics.action_low)
         self.action_high = torch.from_numpy(self._dynamics.action_high)
+        template = {name: getattr(self._dynamics.template, name) for name in task.state_fields}
+        batch = {name: np.stack([np.asarray(value)] * num_envs) for name, value in template.items()}
+        counters = {name: np.zeros(num_envs, np.int32) for name in ("elapsed_steps", "episode")}
+        self._state = self._put({**batch, **counters, "key": np.zeros((num_envs, 2), np.uint32)})
         self.seed(0)
         self.observation_dim = self.observe().shape[-1]
 
     def seed(self, seed: int) -> None:
-        """Starts the random states anew: the initial states of all episodes from here on follow from ``seed``."""
+        """Fixes the initial states of all episodes from here on; those under way go on."""
+        self._write({"key": self._keys(seed), "episode": torch.zeros(self.num_envs)})
+
+    def _keys(self, seed: int) -> torch.Tensor:
+        """Random keys [num_envs, 2] that follow from ``seed``, one per simulation."""
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(self.num_envs))
-        template = self._dynamics.template
-        batch = {name: getattr(template, name) for name in self._dynamics.task.state_fields}
-        batch |= {"elapsed_steps": jnp.int32(0), "episode": jnp.int32(0)}
-        state = {name: np.stack([np.asarray(value)] * self.num_envs) for name, value in batch.items()}
-        self._state = self._put(state | {"key": np.asarray(jax.random.key_data(keys))})
+        # Keys are uint32, which few things in torch can handle: int32 has the same bits.
+        return torch.from_numpy(np.array(jax.random.key_data(keys)).view(np.int32))
 
     def step(self, action: torch.Tensor) -> Step:
         """One control step; environments that end begin their next episode in the same call.
@@ -209,7 +219,6 @@ class MJXEngine:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The whole state, random keys included, copied to the CPU; each tensor has the batch dimension first."""
-        # The key is uint32, which few things in torch can handle: int32 has the same bits.
         return {
             name: torch.from_numpy(np.array(value).view(np.int32) if name == "key" else np.array(value))
             for name, value in self._state.items()
