@@ -95,7 +95,7 @@ def test_specs(env: BatchedEnv) -> None:
     assert env.batch_size == torch.Size([NUM_ENVS])
     assert env.observation_spec["observation"].shape == (NUM_ENVS, 17)
     assert env.observation_spec["observation"].dtype == env.reward_spec.dtype == torch.float32
-    assert env.action_spec == Bounded(-1.0, 1.0, (NUM_ENVS, 6))
+    assert env.action_spec == Bounded(-1.0, 1.0, torch.Size([NUM_ENVS, 6]))
 
 
 @pytest.mark.slow
