@@ -10,6 +10,9 @@ from __future__ import annotations
 import jax
 import torch
 
+ALIGNMENT = 64
+"""Bytes to which XLA wants its arguments aligned; a slice of a tensor may start anywhere."""
+
 
 def to_torch(array: jax.Array) -> torch.Tensor:
     """The tensor of an array's memory.
@@ -30,7 +33,10 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
         >>> to_jax(torch.ones(2)).shape
         (2,)
     """
-    return jax.dlpack.from_dlpack(tensor.detach().contiguous())
+    tensor = tensor.detach().contiguous()
+    if tensor.data_ptr() % ALIGNMENT:
+        tensor = tensor.clone()
+    return jax.dlpack.from_dlpack(tensor)
 
 
 def to_jax_device(device: torch.device) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]

@@ -56,6 +56,11 @@ class Task(ABC):
     """The model's file among Gymnasium's assets."""
     state_fields: ClassVar[tuple[str, ...]] = ("qpos", "qvel", "qacc_warmstart")
     """All that one control step needs to know of the previous one, as fields of the simulation data."""
+    solver_iterations: ClassVar[tuple[int, int] | None] = None
+    """Limits of the constraint solver and of its line search where float32 rounds; by default those of the model.
+
+    The model's stopping tolerance is out of float32's reach, and a batch iterates until its slowest environment stops.
+    """
 
     frame_skip: int
     max_episode_steps: int = 1000

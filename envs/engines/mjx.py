@@ -79,6 +79,8 @@ class Dynamics:
 
     def __init__(self, task: Task, device: jax.Device) -> None:  # pyright: ignore[reportInvalidTypeForm]
         model = mujoco.MjModel.from_xml_path(str(task.xml_path))  # pyright: ignore[reportAttributeAccessIssue]
+        if task.solver_iterations is not None:
+            model.opt.iterations, model.opt.ls_iterations = task.solver_iterations
         self.task = task
         self.dt = float(model.opt.timestep) * task.frame_skip
         self.action_low, self.action_high = model.actuator_ctrlrange.astype(np.float32).T
@@ -182,7 +184,8 @@ class MJXEngine:
 
     def _keys(self, seed: int) -> torch.Tensor:
         """Random keys [num_envs, 2] that follow from ``seed``, one per simulation."""
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(self.num_envs))
+        with jax.default_device(self._jax_device):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(self.num_envs))
         # Keys are uint32, which few things in torch can handle: int32 has the same bits.
         return torch.from_numpy(np.array(jax.random.key_data(keys)).view(np.int32))
 

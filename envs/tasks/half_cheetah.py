@@ -25,6 +25,9 @@ class HalfCheetah(Task):
 
     name: ClassVar[str] = "HalfCheetah-v5"
     xml_file: ClassVar[str] = "half_cheetah.xml"
+    # Errors against Gymnasium over 10240 random transitions are those of the model's (100, 50); with (4, 8) a few of
+    # them are a thousand times larger.
+    solver_iterations: ClassVar[tuple[int, int] | None] = (8, 16)
 
     frame_skip: int = 5
     forward_reward_weight: float = 1.0

@@ -241,6 +241,30 @@ def test_the_bridge_shares_memory() -> None:
     assert to_torch(array).data_ptr() == tensor.data_ptr()
 
 
+@pytest.mark.slow
+def test_the_bridge_copies_what_is_not_aligned() -> None:
+    from envs.bridge import to_jax
+
+    tensor = torch.arange(7.0)[1:]
+    np.testing.assert_array_equal(np.asarray(to_jax(tensor)), tensor.numpy())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_steps_as_the_cpu_does(env: BatchedEnv, actions: torch.Tensor) -> None:
+    on_gpu = make_env("HalfCheetah-v5", NUM_ENVS, device="cuda", max_episode_steps=MAX_EPISODE_STEPS)
+    assert isinstance(on_gpu, BatchedEnv)
+    check_env_specs(on_gpu)
+    env.reset()
+    for action in actions:
+        on_gpu.load_state_dict(env.state_dict())
+        expected = env.step(present(env).set("action", action))["next"]
+        following = on_gpu.step(present(on_gpu).set("action", action.cuda()))["next"]
+        assert following.device is not None and following.device.type == "cuda"
+        torch.testing.assert_close(following["observation"].cpu(), expected["observation"], rtol=0.0, atol=5e-3)
+        torch.testing.assert_close(following["reward"].cpu(), expected["reward"], rtol=0.0, atol=1e-4)
+
+
 def roll(env: BatchedEnv, actions: torch.Tensor, seed: int) -> torch.Tensor:
     """Next observations [steps, NUM_ENVS, 17] of a sequence of actions, through the ends of episodes."""
     env.set_seed(seed)
