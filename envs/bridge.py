@@ -50,6 +50,6 @@ def to_jax_device(device: torch.device) -> jax.Device:  # pyright: ignore[report
         return jax.local_devices(backend=device.type)[index]
     except (RuntimeError, IndexError) as error:
         raise RuntimeError(
-            f"Device {str(device)!r} is visible to torch but not to JAX. Install JAX for CUDA (pip install "
-            "'jax[cuda12]'), or choose engine='gymnasium'."
+            f"JAX does not see the device {str(device)!r}; it sees {', '.join(map(str, jax.local_devices()))}. On a "
+            "machine with a GPU install JAX for CUDA (pip install 'jax[cuda12]'), or choose engine='gymnasium'."
         ) from error

@@ -41,7 +41,7 @@ number of episodes begun; "key", the environment's random key."""
 
 
 class Transition(NamedTuple):
-    """What one control step yields, besides the new state."""
+    """What one control step yields besides the new state: the entries of :class:`Step`, in its order."""
 
     next_observation: jax.Array
     reward: jax.Array

@@ -54,16 +54,24 @@ def gymnasium_transitions(number: int, distance: float) -> dict[str, np.ndarray]
     return {name: np.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 
-def test_the_task_in_numpy_is_gymnasiums() -> None:
-    reference: Any = gymnasium.make("HalfCheetah-v5", ctrl_cost_weight=0.3, forward_reward_weight=2.0).unwrapped
-    task = HalfCheetah(ctrl_cost_weight=0.3, forward_reward_weight=2.0)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ctrl_cost_weight": 0.3, "forward_reward_weight": 2.0, "reset_noise_scale": 0.2, "frame_skip": 3},
+        {"exclude_current_positions_from_observation": False},
+    ],
+)
+def test_the_task_in_numpy_is_gymnasiums(options: dict[str, Any]) -> None:
+    reference: Any = gymnasium.make("HalfCheetah-v5", **options).unwrapped
+    task = HalfCheetah(**options)
     observation, _ = reference.reset(seed=7)
     assert task.xml_path.samefile(reference.fullpath)
     assert task.frame_skip == reference.frame_skip
     qpos, qvel = task.reset(np.random.Generator(np.random.PCG64(7)), reference.init_qpos, reference.init_qvel)
-    np.testing.assert_array_equal(np.concatenate([qpos[1:], qvel]), observation)
     before, action = type(reference.data)(reference.model), np.linspace(-1, 1, 6)
-    before.qpos[:] = reference.data.qpos
+    before.qpos[:], before.qvel[:] = qpos, qvel
+    np.testing.assert_array_equal(task.observe(np, before), observation)
     observation, reward, *_ = reference.step(action)
     np.testing.assert_array_equal(task.observe(np, reference.data), observation)
     np.testing.assert_allclose(task.reward(np, before, reference.data, action, reference.dt), reward, rtol=1e-14)
@@ -122,6 +130,7 @@ def test_the_time_limit_truncates_with_the_true_last_observation(env: BatchedEnv
     env.reset()
     saved = env.state_dict()
     untruncated = env.step(present(env).set("action", actions[0]))["next"].clone()
+    undisturbed = env.state_dict()["engine"]
     saved["engine"]["elapsed_steps"] = torch.tensor([0, MAX_EPISODE_STEPS - 1, 2, MAX_EPISODE_STEPS - 1])
     env.load_state_dict(saved)
     stepped, following = env.step_and_maybe_reset(present(env).set("action", actions[0]))
@@ -134,7 +143,10 @@ def test_the_time_limit_truncates_with_the_true_last_observation(env: BatchedEnv
     assert torch.equal(following["observation"][~ended], untruncated["observation"][~ended])
     assert (following["observation"][ended][:, :8].abs() <= 0.1).all()
     assert not following["done"].any()
-    assert env.state_dict()["engine"]["elapsed_steps"].tolist() == [1, 0, 3, 0]
+    state = env.state_dict()["engine"]
+    assert state.pop("elapsed_steps").tolist() == [1, 0, 3, 0]
+    for name in state:
+        assert torch.equal(state[name][~ended], undisturbed[name][~ended]), name
 
 
 @pytest.mark.slow
@@ -225,10 +237,8 @@ def test_another_release_of_mjx_is_refused_unless_allowed(monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_a_device_that_jax_does_not_see_is_refused() -> None:
-    from envs.bridge import to_jax_device
-
-    with pytest.raises(RuntimeError, match=r"'xpu:7'.*not to JAX.*engine='gymnasium'"):
-        to_jax_device(torch.device("xpu:7"))
+    with pytest.raises(RuntimeError, match=r"JAX does not see the device 'cuda:97'; it sees .*engine='gymnasium'"):
+        make_env("HalfCheetah-v5", NUM_ENVS, engine="mjx", device="cuda:97")
 
 
 @pytest.mark.slow
