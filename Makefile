@@ -8,6 +8,10 @@ ARGS ?=
 
 # Idle OpenMP threads must not spin: simulation and learning share the cores.
 export OMP_WAIT_POLICY = passive
+# glibc hands freed tensors back to the kernel, and pages fault in again at every Langevin step, unless told to keep them.
+export MALLOC_MMAP_THRESHOLD_ = 1073741824
+export MALLOC_TRIM_THRESHOLD_ = 1073741824
+export MALLOC_TOP_PAD_ = 67108864
 export CI
 
 STAMP = $(VENV)/.installed
