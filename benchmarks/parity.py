@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -187,7 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not path.is_file():
             parser.error(f"{path} is not a file; expected a golden .npz file such as tests/data/default.npz")
         print(path)
-        for name, error in replay(path, getattr(torch, options.dtype)).items():
+        try:
+            errors = replay(path, getattr(torch, options.dtype))
+        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            parser.error(f"{path} is not of the format of tests/data/default.npz: {error}")
+        for name, error in errors.items():
             if options.only and not any(word in name for word in options.only):
                 continue
             # Written so that NaN fails too.

@@ -62,6 +62,12 @@ def langevin_step(
 
     Returns:
         The next actions, shape [*batch, action_dim].
+
+    Examples:
+        >>> value = lambda action: -(action - 0.5).square().sum(-1)
+        >>> start = torch.zeros(1, 2)
+        >>> langevin_step(value, start, None, torch.tensor(0.2), 1.0, normalize_gradient=False)
+        tensor([[0.1000, 0.1000]])
     """
     gradient = value.gradient(action) if hasattr(value, "gradient") else action_gradient(value, action)  # pyright: ignore
     if normalize_gradient:
@@ -170,6 +176,17 @@ class LangevinSampler(nn.Module):
 
     Raises:
         ValueError: for an empty or infinite action range, ``steps_per_level < 1``, ``w <= 0`` or an unknown choice.
+
+    Examples:
+        >>> from nclql_torchrl import NoiseConditionedQNetwork
+        >>> from tensordict import TensorDict
+        >>> critics = [NoiseConditionedQNetwork(3, 2, (32,), action_low=-2.0, action_high=2.0) for _ in range(2)]
+        >>> sampler = LangevinSampler(torch.full((2,), -2.0), torch.full((2,), 2.0), w=100.0)
+        >>> value = critics[0].action_value(
+        ...     TensorDict.from_modules(*critics), torch.randn(5, 3), num_levels=10,
+        ...     action_center=sampler.action_center, action_half_range=sampler.action_half_range)
+        >>> sampler.to_environment(sampler(value)).shape
+        torch.Size([5, 2])
     """
 
     action_center: Tensor
