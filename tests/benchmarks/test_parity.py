@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.parity import main
+from benchmarks.parity import main, replay
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = sorted((REPOSITORY / "tests" / "data").glob("*.npz"))
@@ -21,6 +21,14 @@ def test_float64_is_exact_from_the_command_line() -> None:
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("sampler/action") == result.stdout.count("update2/target_parameters") == 3
+
+
+def test_float64_in_process() -> None:
+    for path in GOLDEN:
+        errors = replay(path)
+        quantities = {name.split("/")[0] for name in errors}
+        assert quantities == {"critic", "sampler", "update0", "update1", "update2"}
+        assert max(errors.values()) <= 1e-10, path
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
@@ -44,6 +52,8 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "text.npz").write_text("not an archive")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     for name, words in (("missing", "is not a file"), ("text", "not of the format"), ("other", "not of the format")):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stopped:
             main([str(tmp_path / f"{name}.npz")])
+        # Not 1, which says that numbers differ.
+        assert stopped.value.code == 2
         assert words in capsys.readouterr().err
