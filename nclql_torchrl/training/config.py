@@ -11,11 +11,11 @@ from typing import Any, get_args
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from envs import ENGINES
 from nclql_torchrl.langevin import Boundary, Execution
 from nclql_torchrl.update import UpdateMode
 from nclql_torchrl.value import EnsembleReduction
 
-ENGINES = ("auto", "gymnasium", "mujoco", "mjx")
 LOGGER_BACKENDS = ("csv", "tensorboard", "wandb", "none")
 
 
@@ -30,7 +30,7 @@ class EnvConfig:
     task: str = "HalfCheetah-v5"
     """Gymnasium id of a continuous-control task."""
     engine: str = "auto"
-    """auto, gymnasium, mujoco or mjx."""
+    """auto (mjx on a GPU for the tasks that it has, else gymnasium), gymnasium or mjx."""
     num_envs: int = 5
     """Environments stepped together."""
 
@@ -60,6 +60,7 @@ class OptimConfig:
     """The update."""
 
     batch_size: int = 256
+    """Transitions per update."""
     lr: float = 1e-4
     """Adam's learning rate."""
     utd_ratio: float = 0.2
@@ -69,6 +70,7 @@ class OptimConfig:
     target_update_polyak: float = 0.995
     """Share of the old target parameters kept at each update; 1 - tau."""
     reward_scale: float = 0.2
+    """Factor on the reward."""
     update: str = "sequential"
     """sequential (the authors' two Adam steps) or summed (one step on the sum)."""
     delay_actor: bool = False
@@ -82,7 +84,9 @@ class NetworkConfig:
     """The critics."""
 
     hidden_sizes: list[int] = field(default_factory=lambda: [256, 256, 256])
+    """Units of the hidden layers."""
     num_critics: int = 2
+    """Members of the ensemble."""
 
 
 @dataclass
@@ -92,14 +96,17 @@ class SamplerConfig:
     num_levels: int = 10
     """Noise levels; 1 gives LQL."""
     steps_per_level: int = 2
+    """Langevin steps at each level."""
     sigma_max: float = 0.1
+    """Noise of the first level, in units of half the action range."""
     sigma_min: float = 0.001
-    """Noise of the first and of the last level, in units of half the action range."""
+    """Noise of the last level, likewise."""
     step_lr: float = 1e-4
     """Step size of the last level."""
     w: float = 500.0
     """Inverse temperature."""
     normalize_gradient: bool = True
+    """Whether the drift uses the gradient's direction only."""
     num_particles: int = 1
     """Chains per observation when exploring."""
     deterministic_num_particles: int = 1
@@ -125,6 +132,7 @@ class LoggerConfig:
     eval_interval: int = 25_000
     """Between two evaluations."""
     eval_episodes: int = 10
+    """Episodes of an evaluation, all at the same time."""
 
 
 @dataclass
@@ -132,6 +140,7 @@ class CheckpointConfig:
     """Checkpoints; interval in transitions."""
 
     interval: int = 50_000
+    """Between two checkpoints: the most that an interruption costs."""
     keep: int = 2
     """How many of the newest are kept."""
 
@@ -156,6 +165,7 @@ class TrainConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
+    """Of parameters, actions and environments."""
     device: str = "auto"
     """auto (a GPU when there is one), cpu, cuda or cuda:<index>."""
     run_dir: str | None = None
@@ -174,7 +184,7 @@ def validate(config: TrainConfig) -> None:
     Raises:
         ConfigError: for the first value that cannot work.
     """
-    _choose("env.engine", config.env.engine, ENGINES)
+    _choose("env.engine", config.env.engine, ("auto", *ENGINES))
     _choose("optim.update", config.optim.update, get_args(UpdateMode))
     _choose("sampler.ensemble_reduction", config.sampler.ensemble_reduction, get_args(EnsembleReduction))
     _choose("sampler.boundary", config.sampler.boundary, get_args(Boundary))
