@@ -3,7 +3,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PRESET ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu_4096,cpu)
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+PRESET ?= $(if $(GPU),gpu_4096,cpu)
+EXTRAS = test,lint,tensorboard,video$(if $(GPU),$(comma)cuda)
+comma := ,
 ARGS ?=
 
 # Idle OpenMP threads must not spin: simulation and learning share the cores.
@@ -38,5 +41,5 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[test,lint,tensorboard,video]"
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
