@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import csv
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,16 +14,25 @@ from pathlib import Path
 
 import pytest
 
-from nclql_torchrl.training import TrainConfig, config
+from nclql_torchrl.commands.evaluate import EvaluateConfig
+from nclql_torchrl.training import TrainConfig, config, validate
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = (ROOT / "README.md").read_text()
+RESULTS_PAGE = (RESULTS / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("source", EXAMPLES)
-def test_examples_run(source: str, tmp_path: Path) -> None:
-    result = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_examples_run(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In this process: a new one would spend most of its time on importing.
+    monkeypatch.chdir(tmp_path)
+    exec(compile(EXAMPLES[number], f"README.md, example {number}", "exec"), {"__name__": "example"})
+    # Each ends by printing a figure.
+    assert re.search(r"-?\d+\.\d+", capsys.readouterr().out)
 
 
 def test_there_is_a_library_example() -> None:
@@ -59,19 +70,68 @@ def test_the_configuration_table_is_complete() -> None:
 
 
 def test_files_that_it_names_exist() -> None:
-    root = Path(__file__).parents[1]
     named = re.findall(r"`((?:nclql_torchrl|envs|benchmarks|tests)/[\w./]*)`", README)
     assert len(named) > 5
-    assert [name for name in named if not (root / name).exists()] == []
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def commands(program: str) -> list[list[str]]:
+    """Arguments of every call of a program in the shell blocks of both pages."""
+    shell = "".join(re.findall(r"^```bash\n(.*?)^```", README + RESULTS_PAGE, re.MULTILINE | re.DOTALL))
+    calls = [shlex.split(line, comments=True) for line in shell.replace("\\\n", " ").splitlines()]
+    return [call[1:] for call in calls if call and call[0] == program]
+
+
+def test_commands_are_accepted() -> None:
+    assert len(commands("nclql-train")) > 3 and commands("nclql-evaluate")
+    for arguments in commands("nclql-train"):
+        config.check_override_keys(arguments)
+        # What only Hydra understands is left out: flags, presets (files), and sweeps over several values.
+        options = [text for text in arguments if not re.match(r"-m$|preset=|seed=.*,", text)]
+        validate(config.load_config({}, options))
+    for arguments in commands("nclql-evaluate"):
+        config.check_override_keys(arguments, EvaluateConfig)
+
+
+def test_presets_and_make_targets_are_all_there_are() -> None:
+    section = README.split("| Preset |")[1].split("\n\n")[0]
+    presets = {path.stem for path in (ROOT / "nclql_torchrl" / "conf" / "preset").glob("*.yaml")}
+    assert set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE)) == presets
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"(?:`|^)make (\w+)", README, re.MULTILINE))
+    assert {"train", "test"} <= targets
+    assert [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
+
+
+def evaluations(run: str) -> dict[int, tuple[float, float]]:
+    """Updates -> (mean, standard deviation) of a committed run's evaluations."""
+    with (RESULTS / run / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["evaluation_return"]]
+    return {int(row["updates"]): (float(row["evaluation_return"]), float(row["evaluation_return_std"])) for row in rows}
+
+
+def test_returns_are_those_of_the_committed_runs() -> None:
+    def cells(name: str) -> list[int]:
+        (row,) = re.findall(rf"^\| {name} \| (.*) \|$", RESULTS_PAGE, re.MULTILINE)
+        return [int(cell.replace(",", "")) for cell in row.split(" | ")]
+
+    half_cheetah = evaluations("halfcheetah")
+    assert cells("This project") == [round(half_cheetah[updates][0]) for updates in cells("Updates")]
+    for updates in (20_000, 25_000):
+        mean, deviation = half_cheetah[updates]
+        assert re.search(rf"{updates:,} updates \| {mean:,.0f} ± {deviation:.0f} ", README)
+    last = [evaluations(f"pendulum/seed{seed}") for seed in cells("Seed")]
+    assert cells("5 episodes") == [round(run[max(run)][0]) for run in last]
 
 
 def test_importing_the_package_imports_no_more_simulators_than_torchrl_does() -> None:
-    # TorchRL 0.14 imports mujoco itself where it is installed.
-    source = "import sys, {}; print([name for name in ('jax', 'mujoco', 'mujoco.mjx') if name in sys.modules])"
-    printed = [
-        subprocess.run(
-            [sys.executable, "-c", source.format(package)], capture_output=True, text=True, check=True
-        ).stdout
-        for package in ("torchrl.objectives", "nclql_torchrl")
-    ]
-    assert "jax" not in printed[1] and printed[0] == printed[1]
+    # TorchRL 0.14 imports mujoco itself where it is installed; so what is asked here is what comes on top.
+    source = (
+        "import sys, torchrl.objectives; before = set(sys.modules); import nclql_torchrl; "
+        "added = set(sys.modules) - before; "
+        "print('nclql_torchrl' in added, {'jax', 'mujoco', 'mujoco.mjx', 'gymnasium'} & added, 'jax' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == ["True", "set()", "False"], result.stderr
