@@ -60,7 +60,9 @@ def configuration_rows(part: object, prefix: str = "") -> Iterator[str]:
             yield from configuration_rows(value, f"{prefix}{entry.name}.")
         else:
             text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-            yield f"| `{prefix}{entry.name}` | {text} | {documentation[type(part).__name__, entry.name]} |"
+            # Markdown would take <task> for an HTML tag and hide it.
+            meaning = documentation[type(part).__name__, entry.name].replace("<", "&lt;")
+            yield f"| `{prefix}{entry.name}` | {text} | {meaning} |"
 
 
 def test_the_configuration_table_is_complete() -> None:
