@@ -53,9 +53,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3, which="both", linewidth=0.5)
     axes[0, 0].set_ylabel("control steps per second")
     handles = {
-        label: handle
-        for axis in axes[0]
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.tight_layout()

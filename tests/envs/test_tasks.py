@@ -21,6 +21,7 @@ from envs.task import first_valid
 from envs.tasks import GYMNASIUM_TASKS, TASKS
 from envs.tasks.half_cheetah import HalfCheetah
 from envs.tasks.swimmer import Swimmer
+from nclql_torchrl.training import RunDirectory
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -145,13 +146,16 @@ def test_options_belong_into_the_task(cart: Any) -> None:
 def test_a_run_trains_a_task_of_ones_own(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "nclql_torchrl.commands.train", "env.task=cart:CartToGoal-v0", "env.num_envs=2"),
-        *("env.task_options.goal=0.2", "env.engine_options.num_threads=1", "collector.total_frames=120"),
+        *("env.task_options.goal=0.2", "env.task_options.max_episode_steps=20", "env.engine_options.num_threads=1"),
+        *("collector.total_frames=120", "logger.log_interval=60"),
         *("collector.init_random_frames=40", "optim.batch_size=8", "network.hidden_sizes=[8,8]"),
         *("logger.eval_episodes=2", "device=cpu", f"run_dir={tmp_path / 'run'}"),
     ]
     result = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr
     assert "CartToGoal-v0: return" in result.stdout
+    rows = [row for row in RunDirectory.open(tmp_path / "run").read_metrics() if "train_length" in row]
+    assert rows and rows[-1]["train_length"] <= 20 and rows[-1]["diverged"] == 0
 
 
 def test_first_valid_takes_the_first() -> None:
