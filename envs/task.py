@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from envs.models import silent_deprecations
+
 Array = Any
 """An array of NumPy or JAX."""
 
@@ -103,7 +105,8 @@ class Task(ABC):
         """The compiled model."""
         import mujoco
 
-        return mujoco.MjModel.from_xml_path(str(self.xml_path))  # pyright: ignore[reportAttributeAccessIssue]
+        with silent_deprecations():
+            return mujoco.MjModel.from_xml_path(str(self.xml_path))  # pyright: ignore[reportAttributeAccessIssue]
 
     def control_timestep(self, model: Model) -> float:
         """Seconds of a control step."""

@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from envs.models import silent_deprecations
 from nclql_torchrl.actor import LangevinActor
 
 
@@ -47,7 +48,8 @@ def record_episode(
         os.environ.setdefault("MUJOCO_GL", "osmesa")
     device = actor.deterministic_start.device
     try:
-        env = gymnasium.make(task, render_mode="rgb_array", **(task_options or {}))
+        with silent_deprecations():
+            env = gymnasium.make(task, render_mode="rgb_array", **(task_options or {}))
         observation, _ = env.reset(seed=seed)
         frame = np.asarray(env.render())
     # Renderers fail in their own ways: ImportError, AttributeError, gymnasium's errors, mujoco.FatalError...
