@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from envs import ENGINES
-from nclql_torchrl.langevin import Boundary, Execution
+from nclql_torchrl.execution import Execution
+from nclql_torchrl.langevin import Boundary
 from nclql_torchrl.update import UpdateMode
-from nclql_torchrl.value import EnsembleReduction
+from nclql_torchrl.value import EnsembleReduction, Precision
 
 LOGGER_BACKENDS = ("csv", "tensorboard", "wandb", "none")
 
@@ -122,7 +123,9 @@ class SamplerConfig:
     boundary: str = "clip"
     """clip or reflect at the faces of the action box."""
     execution: str = "eager"
-    """eager or compile."""
+    """eager, compile, cudagraph or auto (cudagraph on a GPU, compile on a CPU with a C++ compiler, else eager)."""
+    precision: str = "float32"
+    """float32 (TF32 where the GPU has it) or bfloat16, of the matrix products inside the sampler."""
 
 
 @dataclass
@@ -196,6 +199,7 @@ def validate(config: TrainConfig) -> None:
     _choose("sampler.ensemble_reduction", config.sampler.ensemble_reduction, get_args(EnsembleReduction))
     _choose("sampler.boundary", config.sampler.boundary, get_args(Boundary))
     _choose("sampler.execution", config.sampler.execution, get_args(Execution))
+    _choose("sampler.precision", config.sampler.precision, get_args(Precision))
     _choose("logger.backend", config.logger.backend, LOGGER_BACKENDS)
 
     positive_integers = {
