@@ -107,9 +107,7 @@ class BatchedEnv(EnvBase):
         self._engine = engine
         observation = Unbounded(torch.Size([*shape, engine.observation_dim]), device=self.device)
         diverged = Binary(shape=column, dtype=torch.bool, device=self.device)
-        self.observation_spec = Composite(
-            observation=observation, diverged=diverged, shape=shape, device=self.device
-        )
+        self.observation_spec = Composite(observation=observation, diverged=diverged, shape=shape, device=self.device)
         self.action_spec = Bounded(
             engine.action_low.expand(*shape, -1), engine.action_high.expand(*shape, -1), device=self.device
         )

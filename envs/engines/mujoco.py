@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,8 +66,8 @@ class MujocoEngine:
         self._controls = [data.ctrl for data in self._data]
 
         self._threads = min(num_threads or len(os.sched_getaffinity(0)), -(-num_envs // ENVIRONMENTS_PER_THREAD))
-        bounds = np.linspace(0, num_envs, self._threads + 1).astype(int)
-        self._chunks = [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        bounds = np.linspace(0, num_envs, self._threads + 1).astype(int).tolist()
+        self._chunks = [range(start, stop) for start, stop in pairwise(bounds)]
         self._pool: ThreadPoolExecutor | None = None
 
         self._elapsed_steps = np.zeros(num_envs, np.int64)
@@ -116,9 +117,9 @@ class MujocoEngine:
         if diverged.any():
             observation[diverged], reward[diverged], terminated[diverged] = 0.0, 0.0, True
         truncated = self._elapsed_steps >= task.max_episode_steps
-        ended = np.flatnonzero(terminated | truncated)
+        ended = np.flatnonzero(terminated | truncated).tolist()
         present = observation
-        if len(ended):
+        if ended:
             present = observation.copy()
             present[ended] = self._begin(ended)
         return Step(*map(self._tensor, (observation, reward, terminated, truncated, diverged, present)))
@@ -128,9 +129,9 @@ class MujocoEngine:
 
         Of the others the observation is made anew from the state as it is.
         """
-        chosen = np.flatnonzero(mask.numpy(force=True))
+        chosen = np.flatnonzero(mask.numpy(force=True)).tolist()
         observation = self._observe(range(self.num_envs))
-        if len(chosen):
+        if chosen:
             observation[chosen] = self._begin(chosen)
         return self._tensor(observation)
 

@@ -44,7 +44,8 @@ class BodyObservation(Robot):
 
 @dataclass(frozen=True, kw_only=True)
 class Humanoid(HealthyRunner, BodyObservation):
-    """Gymnasium's Humanoid-v5. Further options: :class:`BodyObservation`, :class:`~envs.tasks.locomotion.HealthyRunner`.
+    """Gymnasium's Humanoid-v5. Further options: see :class:`BodyObservation` and
+    :class:`~envs.tasks.locomotion.HealthyRunner`.
 
     Args:
         contact_cost_weight: weight of the squared norm of the external forces.

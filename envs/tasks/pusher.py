@@ -52,6 +52,4 @@ class Pusher(Task):
 
         near, far = distance_of_object_to("tips_arm"), distance_of_object_to("goal")
         effort = xp.sum(xp.square(action), axis=-1)
-        return (
-            -self.reward_near_weight * near - self.reward_dist_weight * far - self.reward_control_weight * effort
-        )
+        return -self.reward_near_weight * near - self.reward_dist_weight * far - self.reward_control_weight * effort
