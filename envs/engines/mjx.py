@@ -26,10 +26,11 @@ from envs.engines.mjx_corrections import check_version
 from envs.engines.mjx_dynamics import Dynamics, Settings, State, load_model
 from envs.engines.mjx_warp import DEFAULT_ROOM, ROOM, Room, WarpBuffers
 from envs.task import Model, Task
+from envs.tasks import TASKS
 
 SOLVERS = ("gymnasium", "fast")
 
-FAST_ITERATIONS: dict[str, tuple[int, int]] = {}
+FAST_ITERATIONS: dict[str, tuple[int, int]] = dict.fromkeys(TASKS, (8, 16))
 """``solver="fast"``: iterations of the solver and of its line search."""
 
 # Environments of the same task share what was compiled.
@@ -54,7 +55,7 @@ class MJXEngine:
         solver: how many iterations the constraint solver may take, and its line search in each: "gymnasium" has those of
             the task's model, "fast" as few as leave the accuracy of float32, or a pair of numbers. With "warp" fewer
             iterations gain nothing that was measured here.
-        dtype: torch.float32, or torch.float64 for comparisons with MuJoCo; observations are float32 in any case.
+        dtype: torch.float32, or torch.float64 for comparisons with MuJoCo; observations and rewards are of it too.
         max_contacts: contacts that "warp" has room for, per environment on average; by default the task's.
         max_constraints: rows of constraints that "warp" has room for in each environment; by default the task's.
         allow_untested_version: whether other releases of mujoco and mujoco-mjx are used than those whose physics was
@@ -142,8 +143,7 @@ class MJXEngine:
         if self._room is not None:
             overflow.copy_to_host_async()
             self._overflow = overflow
-        next_observation, reward, *flags, observation = map(to_torch, transition)
-        return Step(next_observation.float(), reward.float(), *flags, observation.float())
+        return Step(*map(to_torch, transition))
 
     def _check_overflow(self) -> None:
         """Raises if a step that is done already lost contacts; waits for none. What overflowed once stays so."""
@@ -161,7 +161,7 @@ class MJXEngine:
         """Begins new episodes where ``mask`` [num_envs] is true; returns every observation."""
         array = to_jax(mask)
         self._state, observation = self._dynamics.reset(self._state, array)
-        return to_torch(observation).float()
+        return to_torch(observation)
 
     def set_state(self, qpos: torch.Tensor, qvel: torch.Tensor) -> torch.Tensor:
         """Begins episodes at positions [num_envs, nq] and velocities [num_envs, nv]; returns every observation.
@@ -171,7 +171,7 @@ class MJXEngine:
         """
         arrays = {name: self._array(name, value) for name, value in (("qpos", qpos), ("qvel", qvel))}
         self._state, observation = self._dynamics.set_state(self._state, *self._put(arrays).values())
-        return to_torch(observation).float()
+        return to_torch(observation)
 
     def positions(self) -> torch.Tensor:
         """Generalized positions [num_envs, nq], on the CPU."""

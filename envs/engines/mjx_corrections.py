@@ -1,12 +1,14 @@
 """Where MJX is not MuJoCo: which release was compared with Gymnasium, and what is corrected in it.
 
-Corrections replace three of MJX's functions only while this package's own functions are traced, so other users of MJX in
-the same process get it as it was released.
+One correction makes MJX compute what MuJoCo does: :func:`plane_capsule`. The others compute the same numbers in less
+time: :func:`while_loop`, :func:`with_barriers`, :func:`step`. MJX's functions are replaced only while this package's own
+functions are traced, so other users of MJX in the same process get it as it was released.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -14,8 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from mujoco.mjx._src import collision_driver, collision_primitive, scan, solver
-from mujoco.mjx._src.types import GeomType
+import numpy as np
+
+with contextlib.redirect_stdout(io.StringIO()):  # MJX prints it if there is no Warp.
+    from mujoco import mjx
+    from mujoco.mjx._src import collision_driver, collision_primitive, forward, scan, solver
+    from mujoco.mjx._src.types import GeomType
 
 TESTED_VERSION = "3.17.0"
 """The release of mujoco and mujoco-mjx whose steps were compared with Gymnasium's (``benchmarks/mjx_parity.py``)."""
@@ -42,22 +48,31 @@ def check_version(allow_untested: bool) -> None:
     )
 
 
+def corrected_release() -> bool:
+    """Whether the corrections were made for the installed release."""
+    return version("mujoco-mjx") == TESTED_VERSION
+
+
 @contextlib.contextmanager
 def corrections() -> Iterator[None]:
     """While it lasts, MJX is traced with the corrections; in the tested release, the only one they were made for."""
-    if version("mujoco-mjx") != TESTED_VERSION:
+    if not corrected_release():
         yield
         return
-    collisions: dict[Any, Any] = collision_driver._COLLISION_FUNC
-    pair = (GeomType.PLANE, GeomType.CAPSULE)
+    replacements: list[tuple[dict[Any, Any], Any, Any]] = [
+        (collision_driver._COLLISION_FUNC, (GeomType.PLANE, GeomType.CAPSULE), plane_capsule),
+        (vars(solver), "_while_loop_scan", while_loop),
+        (vars(scan), "body_tree", with_barriers(scan.body_tree)),
+    ]
     with _TRACING:
-        released = collisions[pair], solver._while_loop_scan, scan.body_tree
-        collisions[pair], solver._while_loop_scan = plane_capsule, while_loop
-        scan.body_tree = with_barriers(released[2])
+        released = [table[name] for table, name, _ in replacements]
+        for table, name, corrected in replacements:
+            table[name] = corrected
         try:
             yield
         finally:
-            collisions[pair], solver._while_loop_scan, scan.body_tree = released
+            for (table, name, _), original in zip(replacements, released, strict=True):
+                table[name] = original
 
 
 @collision_primitive.collider(ncon=2)
@@ -110,3 +125,44 @@ def with_barriers(body_tree: Callable[..., Any]) -> Callable[..., Any]:
         return body_tree(model, barred, *arguments, **options)
 
     return passes
+
+
+def step(model: Any, data: Any) -> Any:
+    """``mjx.step``, with Runge-Kutta's method as a loop over its four stages.
+
+    MJX unrolls the stages, so that forward dynamics are compiled four times; here compiling takes a third of the time.
+    """
+    if model.impl != mjx.Impl.JAX or model.opt.integrator != mjx.IntegratorType.RK4 or not corrected_release():
+        return mjx.step(model, data)
+    timestep, jnt_type = model.opt.timestep, model.jnt_type
+    start = data
+
+    def integrate(joints: Any, qpos: jax.Array, qvel: jax.Array) -> jax.Array:
+        return forward._integrate_pos(joints, qpos, qvel, dt=timestep)
+
+    def stage(carry: Any, tableau: jax.Array) -> tuple[Any, None]:
+        data, sums = carry
+        ahead, weight = tableau
+        data = data.replace(
+            qpos=scan.flat(model, integrate, "jqv", "q", jnt_type, start.qpos, ahead * data.qvel),
+            qvel=start.qvel + ahead * data.qacc * timestep,
+            act=start.act + ahead * data.act_dot * timestep,
+            time=start.time + ahead * timestep,
+        )
+        data = same_types(mjx.forward(model, data), data)
+        rates = data.qvel, data.qacc, data.act_dot
+        return (data, tuple(total + weight * rate for total, rate in zip(sums, rates, strict=True))), None
+
+    # How far ahead of the start a stage is, in steps, and what its rates weigh.
+    tableau = jnp.asarray(np.array([[0.0, 1 / 6], [0.5, 1 / 3], [0.5, 1 / 3], [1.0, 1 / 6]]), start.qvel.dtype)
+    sums = tuple(jnp.zeros_like(rate) for rate in (start.qvel, start.qacc, start.act_dot))
+    # At the start itself nothing must come from the step before, not even times zero.
+    first = start.replace(qacc=jnp.zeros_like(start.qacc), act_dot=jnp.zeros_like(start.act_dot))
+    (data, (qvel, qacc, act_dot)), _ = jax.lax.scan(stage, (first, sums), tableau)
+    data = data.replace(qpos=start.qpos, qvel=start.qvel, act=start.act, time=start.time)
+    return forward._advance(model, data, act_dot, qacc, qvel)
+
+
+def same_types(new: Any, old: Any) -> Any:
+    """``new`` with the types of ``old``: in float64 some of MJX's integers change theirs, which a scan may not."""
+    return jax.tree.map(lambda value, model: value.astype(model.dtype), new, old)
