@@ -7,15 +7,17 @@ observation, reward and termination with Gymnasium's own step from there::
     python -m benchmarks.mjx_parity --tasks Ant-v5 --solvers fast --dtypes float32
 
 An error is |ours - Gymnasium's| / max(1, |Gymnasium's|), of an observation its largest. Rows of the output that were
-measured anew are replaced. The tolerances of ``envs/engines/mjx_parity.py`` follow from the committed output.
+measured anew are replaced. The tolerances of ``envs/engines/mjx_parity.py`` follow from the committed output, and are
+printed at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,30 @@ KEY = ("task", "dtype", "solver")
 def errors(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """Absolute errors of numbers below 1 and relative errors of numbers above."""
     return np.abs(ours - theirs) / np.maximum(1.0, np.abs(theirs))
+
+
+def tolerance(measured: float, dtype: str) -> float:
+    """What an error may be: ten times the measured one, rounded up to one digit, and a few roundings in any case.
+
+    The states of another sample, and another processor's order of sums, change the largest errors by such a factor:
+    they come of impacts, which amplify a rounding.
+    """
+    bound = max(10.0 * measured, {"float32": 1e-6, "float64": 1e-12}[dtype])
+    unit = 10.0 ** math.floor(math.log10(bound))
+    return float(f"{math.ceil(bound / unit - 1e-9) * unit:.0e}")
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """The entries of ``TOLERANCES`` in ``envs/engines/mjx_parity.py``."""
+    lines = []
+    for row in rows:
+        bounds = []
+        for quantity in ("observation", "reward"):
+            numbers = [f"{tolerance(value, row['dtype']):.0e}" for value in row[quantity].values()]
+            bounds.append(f"Bounds({', '.join(numbers)})")
+        key = ", ".join(f'"{row[name]}"' for name in KEY)
+        lines.append(f"    ({key}): Tolerance({', '.join(bounds)}),")
+    return "\n".join(lines)
 
 
 def summary(values: np.ndarray) -> dict[str, float]:
@@ -84,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     options.output.parent.mkdir(parents=True, exist_ok=True)
                     lines = ",\n".join(json.dumps(rows[key]) for key in sorted(rows))
                     options.output.write_text(f"[\n{lines}\n]\n")
+    print(table(rows[key] for key in sorted(rows)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from envs.batched import Step
 from envs.bridge import to_jax, to_jax_device, to_torch
 from envs.engines.mjx_corrections import check_version
 from envs.engines.mjx_dynamics import Dynamics, Settings, State, load_model
-from envs.engines.mjx_warp import DEFAULT_ROOM, ROOM, Room, WarpBuffers
+from envs.engines.mjx_warp import Room, choose_room
 from envs.task import Model, Task
 from envs.tasks import TASKS
 
@@ -45,7 +44,9 @@ class MJXEngine:
     mjx_parity.py`` for how far a step is from Gymnasium's) the agent is moved back to the origin of its track before
     every step where the observation does not tell; :meth:`positions` has it where it is.
 
-    A model with the solver PGS, which MJX lacks, is solved by Newton's method.
+    A model with the solver PGS, which MJX lacks, is solved by Newton's method. Contacts of steep capsules with the ground
+    are corrected (``envs/engines/mjx_corrections.py``), but not those of Warp, whose friction acts along other axes there:
+    with it Ant and the humanoids differ from Gymnasium's at such contacts.
 
     Args:
         task: what to simulate.
@@ -54,7 +55,7 @@ class MJXEngine:
         impl: "jax", or "warp" for MuJoCo Warp on NVIDIA GPUs, which needs the extra ``warp``.
         solver: how many iterations the constraint solver may take, and its line search in each: "gymnasium" has those of
             the task's model, "fast" as few as leave the accuracy of float32, or a pair of numbers. With "warp" fewer
-            iterations gain nothing that was measured here.
+            iterations were not measured.
         dtype: torch.float32, or torch.float64 for comparisons with MuJoCo; observations and rewards are of it too.
         max_contacts: contacts that "warp" has room for, per environment on average; by default the task's.
         max_constraints: rows of constraints that "warp" has room for in each environment; by default the task's.
@@ -105,7 +106,7 @@ class MJXEngine:
                 float64=dtype == torch.float64,
                 iterations=iterations,
                 ls_iterations=ls_iterations,
-                warp=self._room and WarpBuffers(self._room.contacts * num_envs, self._room.constraints),
+                warp=self._room and Room(self._room.contacts * num_envs, self._room.constraints),
             ),
         )
         self.model: Model = self._dynamics.model
@@ -237,28 +238,6 @@ def choose_iterations(task: Task, solver: str | tuple[int, int]) -> tuple[int, i
     if isinstance(solver, str) or len(solver) != 2 or min(solver) < 1:
         raise ValueError(f"solver is {solver!r}; expected 'gymnasium', 'fast', or two numbers of at least 1.")
     return solver[0], solver[1]
-
-
-def choose_room(task: Task, impl: str, max_contacts: int | None, max_constraints: int | None) -> Room | None:
-    """Room in Warp's buffers for one environment; None with JAX.
-
-    Raises:
-        RuntimeError: if Warp is not installed.
-        ValueError: for an unknown ``impl``, or sizes without "warp" or below 1.
-    """
-    if impl not in ("jax", "warp"):
-        raise ValueError(f"impl is {impl!r}; expected 'jax' or 'warp'.")
-    for name, size in (("max_contacts", max_contacts), ("max_constraints", max_constraints)):
-        if size is not None and impl == "jax":
-            raise ValueError(f"{name} is {size}; expected it with impl='warp' only, since 'jax' has no buffers.")
-        if size is not None and size < 1:
-            raise ValueError(f"{name} is {size}; expected at least 1.")
-    if impl == "jax":
-        return None
-    if find_spec("warp") is None:
-        raise RuntimeError("impl='warp' needs Warp: pip install 'nclql-torchrl[warp]'; or choose impl='jax'.")
-    room = ROOM.get(task.name, DEFAULT_ROOM)
-    return Room(max_contacts or room.contacts, max_constraints or room.constraints)
 
 
 def use_compilation_cache() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from envs.batched import LARGEST_NUMBER
 from envs.engines.mjx_corrections import corrections, mjx, same_types, step
-from envs.engines.mjx_warp import OVERFLOWS, WarpBuffers
+from envs.engines.mjx_warp import OVERFLOWS, Room
 from envs.task import Model, Physics, Task
 
 mujoco: Any = _mujoco  # its compiled functions have no type stubs
@@ -66,8 +66,8 @@ class Settings:
     """Of the constraint solver, at most."""
     ls_iterations: int
     """Of a solver iteration's line search, at most."""
-    warp: WarpBuffers | None
-    """None steps in JAX."""
+    warp: Room | None
+    """Room for the contacts of all environments together, and for the constraints of each; None steps in JAX."""
 
 
 def load_model(task: Task) -> Model:
@@ -120,7 +120,7 @@ class Dynamics:
             if "cfrc_ext" in self.task.reads:
                 model = model.tree_replace({"opt._impl.run_rne_postconstraint": True})
             data = mjx.make_data(
-                self.model, device=device, impl="warp", naconmax=warp.contacts, njmax=warp.constraints_per_env
+                self.model, device=device, impl="warp", naconmax=warp.contacts, njmax=warp.constraints
             )
             return model, data
         except (NotImplementedError, ValueError) as error:

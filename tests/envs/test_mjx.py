@@ -260,7 +260,7 @@ class Unmeasured(HalfCheetah):
 class Curious(HalfCheetah):
     """A task that looks at what MJX does not have."""
 
-    reads: ClassVar[tuple[str, ...]] = ("light_xpos", "bvh_active")
+    reads: ClassVar[tuple[str, ...]] = ("bvh_active",)
 
 
 @pytest.mark.parametrize(
