@@ -1,8 +1,8 @@
 """JAX arrays and torch tensors over the same memory, on the CPU or a CUDA device.
 
 Neither direction copies, and the host waits for no CUDA device. DLPack orders the two libraries' streams: whoever takes
-an array over names its own stream, and the other makes that stream wait for what it has under way. Shared memory asks for
-care: what was made a tensor must not be donated to a later JAX computation, and a tensor made an array must not be
+an array over names its own stream, and the other makes that stream wait for what it has under way. Shared memory asks
+for care: what was made a tensor must not be donated to a later JAX computation, and a tensor made an array must not be
 written to before the JAX computation that reads it has given its results to torch.
 """
 

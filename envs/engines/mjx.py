@@ -9,7 +9,6 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 # JAX would otherwise reserve most of a GPU's memory as soon as it starts, and torch needs some.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -44,17 +43,17 @@ class MJXEngine:
     mjx_parity.py`` for how far a step is from Gymnasium's) the agent is moved back to the origin of its track before
     every step where the observation does not tell; :meth:`positions` has it where it is.
 
-    A model with the solver PGS, which MJX lacks, is solved by Newton's method. Contacts of steep capsules with the ground
-    are corrected (``envs/engines/mjx_corrections.py``), but not those of Warp, whose friction acts along other axes there:
-    with it Ant and the humanoids differ from Gymnasium's at such contacts.
+    A model with the solver PGS, which MJX lacks, is solved by Newton's method. Contacts of steep capsules with the
+    ground are corrected (``envs/engines/mjx_corrections.py``), but not those of Warp, whose friction acts along other
+    axes there: with it Ant and the humanoids differ from Gymnasium's at such contacts.
 
     Args:
         task: what to simulate.
         num_envs: simulations in the batch.
         device: where; "cuda" needs JAX for CUDA.
         impl: "jax", or "warp" for MuJoCo Warp on NVIDIA GPUs, which needs the extra ``warp``.
-        solver: how many iterations the constraint solver may take, and its line search in each: "gymnasium" has those of
-            the task's model, "fast" as few as leave the accuracy of float32, or a pair of numbers. With "warp" fewer
+        solver: how many iterations the constraint solver may take, and its line search in each: "gymnasium" has those
+            of the task's model, "fast" as few as leave the accuracy of float32, or a pair of numbers. With "warp" fewer
             iterations were not measured.
         dtype: torch.float32, or torch.float64 for comparisons with MuJoCo; observations and rewards are of it too.
         max_contacts: contacts that "warp" has room for, per environment on average; by default the task's.
@@ -63,7 +62,8 @@ class MJXEngine:
             compared with Gymnasium's.
 
     Raises:
-        RuntimeError: if JAX does not see the device, mujoco or mujoco-mjx is of an untested release, or Warp is missing.
+        RuntimeError: if JAX does not see the device, mujoco or mujoco-mjx is of an untested release, or there is no
+            Warp.
         NotImplementedError: if MJX cannot simulate the task's model.
         ValueError: for an unknown ``impl``, ``solver`` or ``dtype``, or buffer sizes without "warp" or below 1.
 
@@ -153,8 +153,8 @@ class MJXEngine:
         assert self._room is not None
         raise RuntimeError(
             f"Warp has room for {self._room.contacts * self.num_envs} contacts of {self.num_envs} environments of "
-            f"{self.task.name} and {self._room.constraints} constraint rows in each, and there were more, so that steps "
-            f"went wrong. Raise max_contacts beyond {self._room.contacts} or max_constraints beyond "
+            f"{self.task.name} and {self._room.constraints} constraint rows in each, and there were more, so that "
+            f"steps went wrong. Raise max_contacts beyond {self._room.contacts} or max_constraints beyond "
             f"{self._room.constraints} (engine_options)."
         )
 
@@ -232,7 +232,7 @@ def choose_iterations(task: Task, solver: str | tuple[int, int]) -> tuple[int, i
     if solver == "fast":
         if task.name not in FAST_ITERATIONS:
             raise ValueError(
-                f"solver='fast' was not measured for {task.name}; expected a pair of iterations, such as solver=(8, 16)."
+                f"solver='fast' was not measured for {task.name}; expected a pair of numbers, such as solver=(8, 16)."
             )
         return FAST_ITERATIONS[task.name]
     if isinstance(solver, str) or len(solver) != 2 or min(solver) < 1:

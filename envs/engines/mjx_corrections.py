@@ -1,8 +1,8 @@
 """Where MJX is not MuJoCo: which release was compared with Gymnasium, and what is corrected in it.
 
 One correction makes MJX compute what MuJoCo does: :func:`plane_capsule`. The others compute the same numbers in less
-time: :func:`while_loop`, :func:`with_barriers`, :func:`step`. MJX's functions are replaced only while this package's own
-functions are traced, so other users of MJX in the same process get it as it was released.
+time: :func:`while_loop`, :func:`with_barriers`, :func:`step`. MJX's functions are replaced only while this package's
+own functions are traced, so other users of MJX in the same process get it as it was released.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def check_version(allow_untested: bool) -> None:
     if allow_untested or set(found.values()) == {TESTED_VERSION}:
         return
     raise RuntimeError(
-        f"mujoco is {found['mujoco']} and mujoco-mjx is {found['mujoco-mjx']}; expected {TESTED_VERSION} of both, whose "
-        f"physics was compared with Gymnasium's. Install them (pip install mujoco=={TESTED_VERSION} "
+        f"mujoco is {found['mujoco']} and mujoco-mjx is {found['mujoco-mjx']}; expected {TESTED_VERSION} of both, "
+        f"whose physics was compared with Gymnasium's. Install them (pip install mujoco=={TESTED_VERSION} "
         f"mujoco-mjx=={TESTED_VERSION}), or use these with allow_untested_version=True."
     )
 
@@ -104,8 +104,8 @@ def while_loop(
 ) -> Any:
     """The line search's loop, which ends when every environment's search has.
 
-    MJX makes it a scan over all ``ls_iterations`` so that it can be differentiated backwards: in a batch, Gymnasium's 50
-    iterations are computed where a handful do anything. The results are the same.
+    MJX makes it a scan over all ``ls_iterations`` so that it can be differentiated backwards: in a batch, Gymnasium's
+    50 iterations are computed where a handful do anything. The results are the same.
     """
     del max_iterations  # the condition counts too
     return jax.lax.while_loop(condition, body, start)

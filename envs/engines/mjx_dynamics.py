@@ -119,9 +119,7 @@ class Dynamics:
             model = mjx.put_model(self.model, device=device, impl="warp")
             if "cfrc_ext" in self.task.reads:
                 model = model.tree_replace({"opt._impl.run_rne_postconstraint": True})
-            data = mjx.make_data(
-                self.model, device=device, impl="warp", naconmax=warp.contacts, njmax=warp.constraints
-            )
+            data = mjx.make_data(self.model, device=device, impl="warp", naconmax=warp.contacts, njmax=warp.constraints)
             return model, data
         except (NotImplementedError, ValueError) as error:
             raise NotImplementedError(
@@ -133,7 +131,7 @@ class Dynamics:
         """A function of a donated state and further arrays, compiled on first use."""
 
         def traced(state: State, *arguments: jax.Array) -> Any:
-            # By default JAX multiplies matrices in TensorFloat-32 on recent GPUs: three digits, not enough for contacts.
+            # By default JAX multiplies matrices in TensorFloat-32 on recent GPUs: its three digits are too few here.
             with corrections(), jax.default_matmul_precision("highest"):
                 return function(state, *arguments)
 
@@ -149,7 +147,7 @@ class Dynamics:
         return called
 
     def initial_state(self, num_envs: int) -> dict[str, np.ndarray]:
-        """A batch at the model's own initial state, before any episode; computed by C MuJoCo, which need not compile."""
+        """A batch at the model's own initial state, before any episode; C MuJoCo computes it without compiling."""
         data = mujoco.MjData(self.model)
         mujoco.mj_forward(self.model, data)
         row = {name: np.array(getattr(data, name)) for name in self._carried} | {

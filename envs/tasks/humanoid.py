@@ -47,8 +47,8 @@ class Humanoid(HealthyRunner, BodyObservation):
     """Gymnasium's Humanoid-v5. Further options: see :class:`BodyObservation` and
     :class:`~envs.tasks.locomotion.HealthyRunner`.
 
-    The engine ``mjx`` solves its contacts by Newton's method, since MJX has no PGS; ``envs/engines/mjx_parity.py`` bounds
-    the difference.
+    The engine ``mjx`` solves its contacts by Newton's method, since MJX has no PGS; ``envs/engines/mjx_parity.py``
+    bounds the difference.
 
     Args:
         contact_cost_weight: weight of the squared norm of the external forces.

@@ -15,8 +15,8 @@ class HumanoidStandup(BodyObservation):
     """Gymnasium's HumanoidStandup-v5; it never terminates. Further options: see
     :class:`~envs.tasks.humanoid.BodyObservation` and :class:`~envs.tasks.locomotion.Robot`.
 
-    The engine ``mjx`` solves its contacts by Newton's method, since MJX has no PGS; ``envs/engines/mjx_parity.py`` bounds
-    the difference.
+    The engine ``mjx`` solves its contacts by Newton's method, since MJX has no PGS; ``envs/engines/mjx_parity.py``
+    bounds the difference.
 
     Args:
         uph_cost_weight: accepted for Gymnasium's sake, which ignores it too.

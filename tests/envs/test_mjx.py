@@ -275,9 +275,7 @@ class Curious(HalfCheetah):
         (Curious(), {}, r"reads 'bvh_active', which MJX does not have; choose engine='mujoco'"),
     ],
 )
-def test_a_wrong_option_is_named_with_a_valid_choice(
-    task: HalfCheetah, options: dict[str, Any], message: str
-) -> None:
+def test_a_wrong_option_is_named_with_a_valid_choice(task: HalfCheetah, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MJXEngine(task, NUM_ENVS, **options)
 
