@@ -32,7 +32,6 @@ class Tolerance(NamedTuple):
     reward: Bounds
 
 
-# fmt: off
 TOLERANCES: dict[tuple[str, str, str], Tolerance] = {
     ("Ant-v5", "float32", "fast"): Tolerance(Bounds(9e-01, 3e-04, 2e-05), Bounds(2e-04, 7e-06, 1e-06)),
     ("Ant-v5", "float32", "gymnasium"): Tolerance(Bounds(9e-01, 3e-04, 2e-05), Bounds(2e-04, 7e-06, 1e-06)),
@@ -49,12 +48,22 @@ TOLERANCES: dict[tuple[str, str, str], Tolerance] = {
     ("HumanoidStandup-v5", "float32", "fast"): Tolerance(Bounds(2e-01, 2e-02, 4e-04), Bounds(3e-05, 3e-06, 1e-06)),
     ("HumanoidStandup-v5", "float32", "gymnasium"): Tolerance(Bounds(2e-01, 2e-02, 4e-04), Bounds(3e-05, 3e-06, 1e-06)),
     ("HumanoidStandup-v5", "float64", "gymnasium"): Tolerance(Bounds(2e-01, 8e-03, 3e-04), Bounds(3e-05, 8e-07, 8e-08)),
-    ("InvertedDoublePendulum-v5", "float32", "fast"): Tolerance(Bounds(3e-05, 5e-06, 2e-06), Bounds(4e-06, 3e-06, 1e-06)),
-    ("InvertedDoublePendulum-v5", "float32", "gymnasium"): Tolerance(Bounds(3e-05, 5e-06, 2e-06), Bounds(4e-06, 3e-06, 1e-06)),
-    ("InvertedDoublePendulum-v5", "float64", "gymnasium"): Tolerance(Bounds(1e-12, 1e-12, 1e-12), Bounds(1e-12, 1e-12, 1e-12)),
+    ("InvertedDoublePendulum-v5", "float32", "fast"): Tolerance(
+        Bounds(3e-05, 5e-06, 2e-06), Bounds(4e-06, 3e-06, 1e-06)
+    ),
+    ("InvertedDoublePendulum-v5", "float32", "gymnasium"): Tolerance(
+        Bounds(3e-05, 5e-06, 2e-06), Bounds(4e-06, 3e-06, 1e-06)
+    ),
+    ("InvertedDoublePendulum-v5", "float64", "gymnasium"): Tolerance(
+        Bounds(1e-12, 1e-12, 1e-12), Bounds(1e-12, 1e-12, 1e-12)
+    ),
     ("InvertedPendulum-v5", "float32", "fast"): Tolerance(Bounds(4e-06, 2e-06, 1e-06), Bounds(1e-06, 1e-06, 1e-06)),
-    ("InvertedPendulum-v5", "float32", "gymnasium"): Tolerance(Bounds(4e-06, 2e-06, 1e-06), Bounds(1e-06, 1e-06, 1e-06)),
-    ("InvertedPendulum-v5", "float64", "gymnasium"): Tolerance(Bounds(1e-12, 1e-12, 1e-12), Bounds(1e-12, 1e-12, 1e-12)),
+    ("InvertedPendulum-v5", "float32", "gymnasium"): Tolerance(
+        Bounds(4e-06, 2e-06, 1e-06), Bounds(1e-06, 1e-06, 1e-06)
+    ),
+    ("InvertedPendulum-v5", "float64", "gymnasium"): Tolerance(
+        Bounds(1e-12, 1e-12, 1e-12), Bounds(1e-12, 1e-12, 1e-12)
+    ),
     ("Pusher-v5", "float32", "fast"): Tolerance(Bounds(3e-04, 6e-05, 4e-06), Bounds(2e-06, 1e-06, 1e-06)),
     ("Pusher-v5", "float32", "gymnasium"): Tolerance(Bounds(3e-04, 6e-05, 4e-06), Bounds(2e-06, 1e-06, 1e-06)),
     ("Pusher-v5", "float64", "gymnasium"): Tolerance(Bounds(1e-12, 1e-12, 1e-12), Bounds(1e-12, 1e-12, 1e-12)),
