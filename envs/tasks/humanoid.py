@@ -47,6 +47,9 @@ class Humanoid(HealthyRunner, BodyObservation):
     """Gymnasium's Humanoid-v5. Further options: see :class:`BodyObservation` and
     :class:`~envs.tasks.locomotion.HealthyRunner`.
 
+    The engine ``mjx`` solves its contacts by Newton's method, since MJX has no PGS; ``envs/engines/mjx_parity.py``
+    bounds the difference.
+
     Args:
         contact_cost_weight: weight of the squared norm of the external forces.
         contact_cost_range: what the contact cost is clipped to.

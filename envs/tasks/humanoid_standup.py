@@ -15,6 +15,9 @@ class HumanoidStandup(BodyObservation):
     """Gymnasium's HumanoidStandup-v5; it never terminates. Further options: see
     :class:`~envs.tasks.humanoid.BodyObservation` and :class:`~envs.tasks.locomotion.Robot`.
 
+    The engine ``mjx`` solves its contacts by Newton's method, since MJX has no PGS; ``envs/engines/mjx_parity.py``
+    bounds the difference.
+
     Args:
         uph_cost_weight: accepted for Gymnasium's sake, which ignores it too.
         impact_cost_weight: weight of the squared norm of the external forces.
