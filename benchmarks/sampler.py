@@ -1,6 +1,6 @@
 """Time of a sampler call in every mode and precision, against the same chain as one jitted JAX program.
 
-``python -m benchmarks.sampler [--states 256] [--sizes 17x6] [--modes eager compile] [--precisions float32] [--json FILE]``
+``python -m benchmarks.sampler [--states 256] [--sizes 17x6] [--modes eager compile] [--precisions float32] [--json O]``
 
 Both sides are timed in turn, in one process, with critics of 3x256 and 10 levels of 2 steps. A call of ours reads the
 live parameters, draws noise and runs the chain, from an observation to a normalised action.
@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg(),
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        "openmp": {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
         "torch": torch.__version__,
         "jax": jax.__version__,
     }

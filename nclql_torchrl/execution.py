@@ -105,10 +105,11 @@ class Executor:
             compiled_chain.__code__ = compiled_chain.__code__.replace()
             # dynamic=False: a shape that changes at run time (a smaller last batch) compiles its own fast version.
             self._compiled = torch.compile(compiled_chain, fullgraph=True, dynamic=False)
+        # One layout, also of dimensions of size 1: a caller's own noise and drawn noise are one compiled program.
+        start, noise = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (start, noise))
         # The chain keeps no graph in any mode; saying so spares a second compilation outside of no_grad.
         with torch.no_grad():
-            # Contiguous: a caller's own noise and drawn noise are one compiled program.
-            return self._compiled(sampler, value, start.contiguous(), noise.contiguous())
+            return self._compiled(sampler, value, start, noise)
 
     def _replay(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> Tensor:
         """Replays the CUDA graph of this batch shape and these parameter tensors.
