@@ -14,7 +14,8 @@ from torchrl.data import Bounded, Composite, TensorSpec
 from torchrl.envs.utils import ExplorationType
 
 from nclql_torchrl.critic import NoiseConditionedQNetwork
-from nclql_torchrl.langevin import Boundary, Execution, LangevinSampler, best_particle
+from nclql_torchrl.kernels import Boundary, Kernel, KernelName
+from nclql_torchrl.langevin import Execution, LangevinSampler, best_particle
 from nclql_torchrl.schedule import NoiseSchedule
 from nclql_torchrl.value import ActionValue, EnsembleReduction, ModuleActionValue, check_choice
 
@@ -51,14 +52,18 @@ class LangevinActor(TensorDictModuleBase):
         deterministic_num_particles: likewise where exploration is off. Defaults to ``num_particles``.
         ensemble_reduction: how the critics form the drift: "sum", "mean" or "min".
         boundary: "clip" or "reflect" at the faces of the box.
+        kernel: the chain's transition: "langevin" (the authors'), "mala", "underdamped", "preconditioned", or a
+            :class:`~nclql_torchrl.kernels.Kernel` with settings of its own.
         execution: "eager" or "compile".
         diagnostics: adds the out_keys ``gradient_norm`` (of the combined critics at the returned action),
             ``clipped_fraction`` (share of the action's coordinates on a face), ``q_before`` and ``q_after`` (lowest
-            critic at the chain's start and end), each of shape [*batch, 1], for actions in [-1, 1].
+            critic at the chain's start and end), each of shape [*batch, 1], for actions in [-1, 1]; and the kernel's
+            own: MALA's ``acceptance_rate``.
         action_key, level_key, value_key: tensordict entries of the critic; the action is written to ``action_key``.
         initial_action_key: optional input, normalised starts of shape [*batch, num_particles, action_dim].
         noise_key: optional input, standard normal noise of shape
-            [*batch, num_particles, num_levels, steps_per_level, action_dim].
+            [*batch, num_particles, num_levels, steps_per_level, noise_dim], the kernel's ``noise_dim``: the action_dim,
+            for MALA one more.
 
     Raises:
         ValueError: for an unbounded action spec, parameters without a leading ensemble dimension, no observation key,
@@ -101,6 +106,7 @@ class LangevinActor(TensorDictModuleBase):
         deterministic_num_particles: int | None = None,
         ensemble_reduction: EnsembleReduction = "sum",
         boundary: Boundary = "clip",
+        kernel: KernelName | Kernel = "langevin",
         execution: Execution = "eager",
         diagnostics: bool = False,
         action_key: NestedKey = "action",
@@ -142,6 +148,7 @@ class LangevinActor(TensorDictModuleBase):
             w=w,
             normalize_gradient=normalize_gradient,
             boundary=boundary,
+            kernel=kernel,
             execution=execution,
         ).to(leaf.device)
         # Not `.to(dtype)`: the schedule keeps its own precision.
@@ -161,7 +168,8 @@ class LangevinActor(TensorDictModuleBase):
         ]
         if not self.in_keys:
             raise ValueError(f"The critic's in_keys are {self.qvalue_network.in_keys}; expected an observation too.")
-        self.out_keys: list[NestedKey] = [action_key, *(DIAGNOSTIC_KEYS if diagnostics else ())]
+        self.diagnostic_keys = (*DIAGNOSTIC_KEYS, *self.sampler.kernel.statistic_keys) if diagnostics else ()
+        self.out_keys: list[NestedKey] = [action_key, *self.diagnostic_keys]
 
     @property
     def spec(self) -> Composite:
@@ -187,11 +195,11 @@ class LangevinActor(TensorDictModuleBase):
             start = start.expand(*value.batch_shape, -1)
         elif start is None and self.diagnostics:
             start = self.sampler.random_start(value)
-        particles = self.sampler(value, start, noise, deterministic=deterministic)
+        particles, statistics = self.sampler.sample(value, start, noise, deterministic=deterministic)
         tensordict.set(self.action_key, self.sampler.to_environment(self.select(value, particles)))
         if self.diagnostics:
             assert start is not None
-            self._write_diagnostics(tensordict, value, start, particles)
+            self._write_diagnostics(tensordict, value, start, particles, statistics)
         return tensordict
 
     def action_value(
@@ -260,14 +268,20 @@ class LangevinActor(TensorDictModuleBase):
         return best_particle(particles, self.sampler.score(value, particles))
 
     def _write_diagnostics(
-        self, tensordict: TensorDictBase, value: ActionValue, start: Tensor, particles: Tensor
+        self,
+        tensordict: TensorDictBase,
+        value: ActionValue,
+        start: Tensor,
+        particles: Tensor,
+        statistics: dict[str, Tensor],
     ) -> None:
         landscape = value.at_level(self.sampler.schedule.num_levels - 1)
         q_before, q_after = landscape.heads(start).amin(0), landscape.heads(particles).amin(0)
         norm = torch.linalg.vector_norm(landscape.gradient(particles), dim=-1)
         clipped = (particles.abs() >= 1.0).to(particles.dtype).mean(-1)
         chosen = q_after.argmax(0, keepdim=True)
-        for key, entry in zip(DIAGNOSTIC_KEYS, (norm, clipped, q_before, q_after), strict=True):
+        measured = dict(zip(DIAGNOSTIC_KEYS, (norm, clipped, q_before, q_after), strict=True))
+        for key, entry in (measured | statistics).items():
             tensordict.set(key, entry.gather(0, chosen).squeeze(0).unsqueeze(-1))
 
 

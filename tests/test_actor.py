@@ -105,6 +105,25 @@ def test_diagnostics_describe_the_chain(make_actor: MakeActor) -> None:
     torch.testing.assert_close(tensordict["gradient_norm"], 2 * gradient.norm(dim=-1, keepdim=True), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("kernel", ["mala", "underdamped", "preconditioned"])
+def test_every_kernel_acts(make_actor: MakeActor, kernel: str) -> None:
+    actor = make_actor(
+        kernel=kernel, normalize_gradient=False, boundary="reflect", w=20.0, num_particles=3, diagnostics=True
+    )
+    tensordict = actor(observations(5))
+    assert tensordict["action"].shape == (5, 2) and tensordict["action"].abs().max() <= 2.0
+    if kernel == "mala":
+        assert actor.out_keys[-1] == "acceptance_rate"
+        rate = tensordict["acceptance_rate"]
+        # Of 20 steps, for the particle that was chosen.
+        assert rate.shape == (5, 1) and torch.equal(rate, (rate * 20).round() / 20) and 0 < rate.mean() < 1
+    start, noise = torch.rand(5, 3, 2), torch.randn(5, 3, 10, 2, 3 if kernel == "mala" else 2)
+    tensordict = observations(5).update({"initial_action": start, "langevin_noise": noise})
+    assert torch.equal(actor(tensordict.clone())["action"], actor(tensordict.clone())["action"])
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        assert torch.equal(actor(tensordict[:2])["action"], actor(tensordict[:2])["action"])
+
+
 def test_acts_on_the_parameters_that_the_loss_trains(make_actor: MakeActor, make_batch: Callable) -> None:
     actor, tensordict = make_actor(), observations(8)
     loss = NCLQLLoss(actor, delay_qvalue=False)

@@ -83,6 +83,7 @@ def make_actor(
         deterministic_num_particles=sampler.deterministic_num_particles,
         ensemble_reduction=sampler.ensemble_reduction,  # pyright: ignore[reportArgumentType]
         boundary=sampler.boundary,  # pyright: ignore[reportArgumentType]
+        kernel=sampler.kernel,  # pyright: ignore[reportArgumentType]
         execution=sampler.execution,  # pyright: ignore[reportArgumentType]
         diagnostics=diagnostics,
     )

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from envs import ENGINES
-from nclql_torchrl.langevin import Boundary, Execution
+from nclql_torchrl.kernels import Boundary, KernelName, make_kernel
+from nclql_torchrl.langevin import Execution
 from nclql_torchrl.update import UpdateMode
 from nclql_torchrl.value import EnsembleReduction
 
@@ -117,6 +118,8 @@ class SamplerConfig:
     """sum, mean or min of the critics forms the drift."""
     boundary: str = "clip"
     """clip or reflect at the faces of the action box."""
+    kernel: str = "langevin"
+    """langevin (the authors'), mala (with normalize_gradient=false boundary=reflect), underdamped or preconditioned."""
     execution: str = "eager"
     """eager or compile."""
 
@@ -188,6 +191,7 @@ def validate(config: TrainConfig) -> None:
     _choose("optim.update", config.optim.update, get_args(UpdateMode))
     _choose("sampler.ensemble_reduction", config.sampler.ensemble_reduction, get_args(EnsembleReduction))
     _choose("sampler.boundary", config.sampler.boundary, get_args(Boundary))
+    _choose("sampler.kernel", config.sampler.kernel, get_args(KernelName))
     _choose("sampler.execution", config.sampler.execution, get_args(Execution))
     _choose("logger.backend", config.logger.backend, LOGGER_BACKENDS)
 
@@ -234,6 +238,13 @@ def validate(config: TrainConfig) -> None:
             f"sampler.sigma_min is {config.sampler.sigma_min:g} and sampler.sigma_max is {config.sampler.sigma_max:g}; "
             "expected sigma_min < sigma_max."
         )
+    try:
+        make_kernel(config.sampler.kernel).check(  # pyright: ignore[reportArgumentType]
+            config.sampler.normalize_gradient,
+            config.sampler.boundary,  # pyright: ignore[reportArgumentType]
+        )
+    except ValueError as error:
+        raise ConfigError(f"sampler.{error}") from None
     if not config.network.hidden_sizes or min(config.network.hidden_sizes) < 1:
         raise ConfigError(f"network.hidden_sizes is {config.network.hidden_sizes}; expected widths of at least 1.")
     if config.collector.init_random_frames < 0:

@@ -21,7 +21,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record.loggers import Logger, get_logger
 from tqdm import tqdm
 
-from nclql_torchrl.actor import DIAGNOSTIC_KEYS, LangevinActor
+from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.training.checkpoint import (
     CollectorState,
     ReplayState,
@@ -268,7 +268,7 @@ def sampler_diagnostics(probe: LangevinActor, replay_buffer: TensorDictReplayBuf
     """What exploring chains do on a replayed batch of observations, without touching the run's random states."""
     with torch.random.fork_rng(), set_exploration_type(ExplorationType.RANDOM):
         tensordict = probe(sample(replay_buffer).select("observation"))
-    return {key: float(tensordict[key].mean()) for key in DIAGNOSTIC_KEYS}
+    return {key: float(tensordict[key].mean()) for key in probe.diagnostic_keys}
 
 
 def make_logger(config: TrainConfig, run: RunDirectory) -> Logger | None:

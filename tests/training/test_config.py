@@ -24,6 +24,8 @@ def test_the_defaults_are_valid() -> None:
         ("optim.update=sumed", "did you mean 'summed'?"),
         ("sampler.boundary=clamp", "expected one of clip, reflect"),
         ("sampler.ensemble_reduction=max", "expected one of sum, mean, min"),
+        ("sampler.kernel=malla", "did you mean 'mala'?"),
+        ("sampler.kernel=mala", "sampler.normalize_gradient is True with kernel 'mala'; expected False"),
         ("sampler.execution=jit", "expected one of eager, compile"),
         ("logger.backend=tensorbord", "did you mean 'tensorboard'?"),
         ("sampler.num_levels=0", "sampler.num_levels is 0; expected at least 1"),
