@@ -12,9 +12,11 @@ from nclql_torchrl.kernels import (
 from nclql_torchrl.langevin import LangevinSampler, langevin_chain
 from nclql_torchrl.loss import NCLQLLoss
 from nclql_torchrl.schedule import NoiseSchedule
+from nclql_torchrl.temperature import AutomaticTemperature
 from nclql_torchrl.update import NCLQLUpdate
 
 __all__ = [
+    "AutomaticTemperature",
     "LangevinActor",
     "LangevinSampler",
     "MetropolisAdjustedLangevin",

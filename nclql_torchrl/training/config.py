@@ -104,8 +104,10 @@ class SamplerConfig:
     """Noise of the last level, likewise."""
     step_lr: float = 1e-4
     """Step size of the last level."""
-    w: float = 500.0
-    """Inverse temperature."""
+    w: int | float | str = 500.0
+    """Inverse temperature; auto starts at 500 and tunes it to target_spread."""
+    target_spread: float = 0.1
+    """With w=auto: standard deviation of the actions sampled for a state, in units of half the action range."""
     normalize_gradient: bool = True
     """Whether the drift uses the gradient's direction only."""
     num_particles: int = 1
@@ -221,8 +223,12 @@ def validate(config: TrainConfig) -> None:
         "sampler.sigma_max": config.sampler.sigma_max,
         "sampler.sigma_min": config.sampler.sigma_min,
         "sampler.step_lr": config.sampler.step_lr,
-        "sampler.w": config.sampler.w,
     }
+    if isinstance(config.sampler.w, str):
+        if config.sampler.w != "auto":
+            raise ConfigError(f"sampler.w is {config.sampler.w!r}; expected a positive number or 'auto'.")
+    else:
+        positive_numbers["sampler.w"] = float(config.sampler.w)
     for name, value in positive_numbers.items():
         if not (math.isfinite(value) and value > 0.0):
             raise ConfigError(f"{name} is {value:g}; expected a positive, finite number.")
@@ -233,6 +239,8 @@ def validate(config: TrainConfig) -> None:
     for name, value in (("gamma", config.optim.gamma), ("target_update_polyak", config.optim.target_update_polyak)):
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"optim.{name} is {value:g}; expected a number in [0, 1).")
+    if not 0.0 < config.sampler.target_spread < 1.0:
+        raise ConfigError(f"sampler.target_spread is {config.sampler.target_spread:g}; expected a number in (0, 1).")
     if config.sampler.sigma_min >= config.sampler.sigma_max:
         raise ConfigError(
             f"sampler.sigma_min is {config.sampler.sigma_min:g} and sampler.sigma_max is {config.sampler.sigma_max:g}; "

@@ -1,0 +1,104 @@
+"""Automatic temperature: the sampler's w is tuned so that sampled actions spread as much as asked for."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from nclql_torchrl.actor import LangevinActor
+
+
+class AutomaticTemperature(nn.Module):
+    """Tunes the inverse temperature ``w`` of an actor's sampler, in place, to a spread of the actions it samples.
+
+    SAC (arXiv 1812.05905) and MFPO (arXiv 2604.14698) hold the policy's entropy at a target. Langevin chains have no
+    density to take the entropy of, and estimates of it from a few samples (nearest neighbours) break down where chains
+    end on the faces of the box, many at the same point. What is held here instead is the standard deviation, in units
+    of half the action range, of actions sampled for the same state: the root mean square over states and action
+    dimensions. Its square is unbiased from two samples on, and chains on one face just count as zero. A normal policy
+    of that spread has the entropy ``action_dim * log(spread * sqrt(2 pi e))`` in these units: SAC's target of
+    ``-action_dim`` is a spread of 0.089, MFPO's ``-action_dim / 2`` one of 0.147.
+
+    Each step samples ``num_particles`` chains for some states and multiplies ``w`` by
+    ``(spread / target_spread) ** gain``; nothing waits for the device.
+
+    What it can reach is measured in benchmarks/results/README.md. With the normalised gradient ``w`` is the length of
+    the drift as much as a temperature: the spread falls with ``w`` only until the last level's drift overshoots its
+    noise, so ``w`` is kept below ``5 / sqrt(last step size)`` (500 by default, the authors' value) and smaller spreads
+    than that gives are out of reach. And the spread counts the distance between modes: where a state has several good
+    actions far apart, no ``w`` makes it small.
+
+    Args:
+        actor: whose ``sampler.w`` is tuned, and whose critics and chains are used.
+        target_spread: the spread asked for, between 0 and 1.
+        num_states: how many states of the batch each step looks at.
+        num_particles: chains per state.
+        gain: exponent of the correction; one step closes about that share of the gap.
+
+    Raises:
+        ValueError: for a ``target_spread`` outside (0, 1), ``num_states < 1``, ``num_particles < 2`` or a ``gain``
+            outside (0, 1].
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl.modules import ValueOperator
+        >>> from nclql_torchrl import LangevinActor, NoiseConditionedQNetwork
+        >>> critic = ValueOperator(NoiseConditionedQNetwork(3, 2, (32,)), in_keys=["observation", "action", "level"])
+        >>> actor = LangevinActor([critic], spec=Bounded(-1.0, 1.0, (2,)))
+        >>> temperature = AutomaticTemperature(actor, target_spread=0.3)
+        >>> temperature.step(TensorDict({"observation": torch.randn(64, 3)}, [64]))
+        >>> bool(actor.sampler.w < 500), bool(temperature.spread < 0.3)
+        (True, True)
+    """
+
+    actor: LangevinActor
+    """The actor, as given."""
+
+    spread: Tensor
+    """Spread measured by the last step, a scalar; NaN before the first."""
+
+    def __init__(
+        self,
+        actor: LangevinActor,
+        target_spread: float = 0.1,
+        *,
+        num_states: int = 32,
+        num_particles: int = 4,
+        gain: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not 0.0 < target_spread < 1.0:
+            raise ValueError(f"target_spread is {target_spread}; expected a number between 0 and 1.")
+        if num_states < 1 or num_particles < 2:
+            raise ValueError(
+                f"num_states is {num_states} and num_particles is {num_particles}; expected at least 1 and 2."
+            )
+        if not 0.0 < gain <= 1.0:
+            raise ValueError(f"gain is {gain}; expected a number in (0, 1].")
+        # In __dict__: the actor's parameters are not this module's.
+        self.__dict__["actor"] = actor  # pyright: ignore[reportIndexIssue]
+        self.target_spread = target_spread
+        self.num_states = num_states
+        self.num_particles = num_particles
+        self.gain = gain
+        w = actor.sampler.w
+        self.register_buffer("spread", torch.full_like(w, torch.nan))
+        last_step_size = float(actor.sampler.schedule.step_sizes[-1])
+        self.largest_w = 5.0 / last_step_size**0.5 if actor.sampler.normalize_gradient else 1e8
+
+    @torch.no_grad()
+    def step(self, batch: TensorDictBase) -> None:
+        """Measures the spread and corrects ``w``.
+
+        Args:
+            batch: holds observations, batch shape [num_samples]; the first ``num_states`` are used.
+        """
+        sampler = self.actor.sampler
+        value = self.actor.action_value(batch[: self.num_states], num_particles=self.num_particles)
+        variance = sampler(value).to(self.spread.dtype).var(0)
+        self.spread.copy_(variance.mean().sqrt())
+        # At most a factor e a step counts: one odd batch must not throw w far off.
+        excess = (self.spread / self.target_spread).log().clamp(-1.0, 1.0)
+        sampler.w.mul_((self.gain * excess).exp()).clamp_(1e-3, self.largest_w)

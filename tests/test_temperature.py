@@ -1,0 +1,83 @@
+"""The automatic temperature holds the spread where it can be held, and says where it cannot."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torchrl.data import Bounded
+from torchrl.modules import ValueOperator
+
+from nclql_torchrl import AutomaticTemperature, LangevinActor, NCLQLLoss
+
+
+class Quadratic(nn.Module):
+    """Q = -curvature / 2 (a - tanh(s))^2, the same at every level."""
+
+    def __init__(self, curvature: float = 1.0) -> None:
+        super().__init__()
+        self.curvature = nn.Parameter(torch.tensor(curvature))
+
+    def forward(self, observation: Tensor, action: Tensor, level: Tensor) -> Tensor:
+        return -0.5 * self.curvature * (action - 0.5 * observation.tanh()).square().sum(-1, keepdim=True)
+
+
+def make_actor(action_dim: int, **options: Any) -> LangevinActor:
+    critic = ValueOperator(Quadratic(), in_keys=["observation", "action", "level"])
+    return LangevinActor([critic], spec=Bounded(-1.0, 1.0, torch.Size([action_dim])), **options)
+
+
+def batch(action_dim: int) -> TensorDict:
+    return TensorDict({"observation": torch.randn(64, action_dim)}, [64])
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "unnormalized"])
+@pytest.mark.parametrize(("action_dim", "target"), [(1, 0.1), (6, 0.05), (6, 0.3)])
+def test_the_spread_reaches_its_target(action_dim: int, target: float, normalize: bool) -> None:
+    actor = make_actor(action_dim, normalize_gradient=normalize)
+    temperature = AutomaticTemperature(actor, target, gain=0.5)
+    spreads = []
+    for _ in range(30):
+        temperature.step(batch(action_dim))
+        spreads.append(float(temperature.spread))
+    # A measurement has num_states (num_particles - 1) action_dim degrees of freedom. The mean of the last 15 is known
+    # better than one of them; that is not counted on, as each corrects w by what the one before got wrong.
+    error = math.sqrt(0.5 / (32 * 3 * action_dim))
+    assert abs(math.log(sum(spreads[-15:]) / 15 / target)) < 5 * error
+
+
+def test_a_spread_that_the_normalised_gradient_cannot_give_leaves_w_at_its_bound() -> None:
+    actor = make_actor(3)
+    temperature = AutomaticTemperature(actor, 0.001, gain=1.0)
+    for _ in range(4):
+        temperature.step(batch(3))
+    assert float(actor.sampler.w) == temperature.largest_w == pytest.approx(500)
+    assert temperature.spread > 0.005
+
+
+def test_w_stays_the_same_tensor_and_is_saved_with_the_loss() -> None:
+    actor = make_actor(2)
+    loss, w = NCLQLLoss(actor), actor.sampler.w
+    AutomaticTemperature(actor, 0.5).step(batch(2))
+    assert actor.sampler.w is w and float(w) < 500
+    other = NCLQLLoss(make_actor(2))
+    other.load_state_dict(loss.state_dict())
+    assert torch.equal(other.sampler.w, w)
+    assert not list(AutomaticTemperature(actor, 0.5).parameters()), "nothing that an optimizer would train"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_spread": 1.0}, "target_spread is 1.0"),
+        ({"num_particles": 1}, "num_particles is 1; expected at least 1 and 2"),
+        ({"gain": 0.0}, "gain is 0.0"),
+    ],
+)
+def test_bad_settings_are_named(options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        AutomaticTemperature(make_actor(2), **options)
