@@ -299,6 +299,10 @@ class LangevinSampler(nn.Module):
         """Actions in [-1, 1] -> actions in the environment's units, shape [*batch, action_dim]."""
         return normalised_action * self.action_half_range + self.action_center
 
+    def to_normalised(self, action: Tensor) -> Tensor:
+        """Actions in the environment's units -> actions in [-1, 1], shape [*batch, action_dim]."""
+        return (action - self.action_center) / self.action_half_range
+
     def score(self, value: ActionValue, action: Tensor) -> Tensor:
         """Pessimistic noise-free value: the lowest critic at the last level, shape [*batch]."""
         return reduce_ensemble(value.at_level(self.schedule.num_levels - 1).heads(action), "min")

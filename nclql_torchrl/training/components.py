@@ -88,6 +88,8 @@ def make_actor(
         ensemble_reduction=sampler.ensemble_reduction,  # pyright: ignore[reportArgumentType]
         boundary=sampler.boundary,  # pyright: ignore[reportArgumentType]
         kernel=sampler.kernel,  # pyright: ignore[reportArgumentType]
+        start_level=sampler.start_level,
+        warm_start=sampler.warm_start,
         execution=sampler.execution,  # pyright: ignore[reportArgumentType]
         diagnostics=diagnostics,
     )
@@ -133,8 +135,8 @@ def make_collector(config: TrainConfig, env: EnvBase, actor: LangevinActor, devi
         device=device,
         # Trajectory numbers cost a host synchronisation per step on a GPU, and nothing here reads them.
         track_traj_ids=False,
-        # The actor is no recurrent policy: it needs no transforms of the environment.
-        auto_register_policy_transforms=False,
+        # A warm-started actor carries its previous action, as a recurrent policy does its hidden state.
+        auto_register_policy_transforms=actor.warm_start,
     )
 
 

@@ -122,6 +122,10 @@ class SamplerConfig:
     """clip or reflect at the faces of the action box."""
     kernel: str = "langevin"
     """langevin (the authors'), mala (with normalize_gradient=false boundary=reflect), underdamped or preconditioned."""
+    start_level: int = 0
+    """First noise level that chains visit when acting; those of the TD target visit all."""
+    warm_start: bool = False
+    """Start acting chains from the environment's previous action plus noise of start_level."""
     execution: str = "eager"
     """eager or compile."""
 
@@ -239,6 +243,11 @@ def validate(config: TrainConfig) -> None:
     for name, value in (("gamma", config.optim.gamma), ("target_update_polyak", config.optim.target_update_polyak)):
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"optim.{name} is {value:g}; expected a number in [0, 1).")
+    if not 0 <= config.sampler.start_level < config.sampler.num_levels:
+        raise ConfigError(
+            f"sampler.start_level is {config.sampler.start_level}; expected a level, 0 to "
+            f"{config.sampler.num_levels - 1} (sampler.num_levels - 1)."
+        )
     if not 0.0 < config.sampler.target_spread < 1.0:
         raise ConfigError(f"sampler.target_spread is {config.sampler.target_spread:g}; expected a number in (0, 1).")
     if config.sampler.sigma_min >= config.sampler.sigma_max:

@@ -27,6 +27,7 @@ def test_the_defaults_are_valid() -> None:
         ("sampler.w=automatic", "sampler.w is 'automatic'; expected a positive number or 'auto'"),
         ("sampler.w=-5", "sampler.w is -5; expected a positive"),
         ("sampler.target_spread=2", "sampler.target_spread is 2; expected a number in (0, 1)"),
+        ("sampler.start_level=3", "sampler.start_level is 3; expected a level, 0 to 2"),
         ("sampler.kernel=malla", "did you mean 'mala'?"),
         ("sampler.kernel=mala", "sampler.normalize_gradient is True with kernel 'mala'; expected False"),
         ("sampler.execution=jit", "expected one of eager, compile"),

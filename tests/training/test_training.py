@@ -107,7 +107,9 @@ def test_the_same_seed_gives_the_same_run(tiny_config: Callable[..., TrainConfig
 
 
 # 430 frames: mid-episode, mid-row, and after the replay buffer has wrapped around.
-@pytest.mark.parametrize("options", [(), ("sampler.w=auto",)], ids=["defaults", "auto"])
+@pytest.mark.parametrize(
+    "options", [(), ("sampler.w=auto", "sampler.warm_start=true", "sampler.start_level=1")], ids=["defaults", "carried"]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
