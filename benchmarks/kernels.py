@@ -1,16 +1,16 @@
 """How far each Langevin kernel is from the density it should sample: analytic targets, errors per gradient evaluation.
 
-``python -m benchmarks.kernels [directory]`` samples every target with every kernel, for several numbers of steps per
-noise level of the default schedule, and writes ``kernels.json`` and ``kernels.png``. The first kernel is the authors'
-default chain. The landscapes of the levels are the target smoothed by the levels' noise, as a critic that has seen all
-actions evenly would have learned them.
+``python -m benchmarks.kernels [--directory DIR] [--draw-only]`` samples every target with every kernel, for several
+numbers of steps per noise level of the default schedule, and writes ``kernels.json`` and ``kernels.png``, or only draws
+the figure again. The first kernel is the authors' default chain. The landscapes of the levels are the target smoothed
+by the levels' noise, as a critic that has seen all actions evenly would have learned them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from nclql_torchrl.targets import TARGETS, AnalyticTarget
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 RESULTS = Path(__file__).parent / "results" / "kernels"
 NUM_CHAINS = 10_000
@@ -102,7 +103,7 @@ def measure_all() -> dict[str, Any]:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Errors against gradient evaluations: total variation above, and below what is hardest of each target."""
-    figure, axes = plt.subplots(2, len(TARGETS), figsize=(4 * len(TARGETS), 6.4), sharex=True)
+    figure, axes = plt.subplots(2, len(TARGETS), figsize=(4 * len(TARGETS), 7), sharex=True)
     for column, name in enumerate(TARGETS):
         multimodal = TARGETS[name]().num_modes > 1
         upper, lower = axes[:, column]
@@ -111,30 +112,40 @@ def draw(results: dict[str, Any], path: Path) -> None:
             evaluations = [row["gradient_evaluations"] for row in rows]
             style = {"marker": "o", "markersize": 4, "linestyle": "--" if label == "authors' default" else "-"}
             upper.plot(evaluations, [row["total_variation"] for row in rows], label=label, **style)
-            worst = [max(max(ratio, 1 / ratio) for ratio in row["std_ratio"]) for row in rows]
+            # Chains that all end on one face of the box have no spread at all: cut off at a thousandth.
+            worst = [max(max(ratio, 1 / max(ratio, 1e-3)) for ratio in row["std_ratio"]) for row in rows]
             lower.plot(evaluations, [row["mode_error"] for row in rows] if multimodal else worst, **style)
         floor = results["total_variation_of_exact_samples"][name]
         upper.axhline(floor, color="gray", linewidth=0.8, linestyle=":", label="exact samples")
         upper.set(title=name.replace("_", " "), ylim=(0, 1))
         lower.set(xlabel="gradient evaluations per action", xscale="log")
+        lower.set_xticks([20, 50, 100, 200], ["20", "50", "100", "200"])
+        lower.xaxis.set_minor_locator(ticker.NullLocator())
         if multimodal:
             lower.set(ylabel="error of the modes' weights", ylim=(0, None))
         else:
-            lower.set(ylabel="worst standard deviation, factor", yscale="log")
+            lower.set(ylabel="worst deviation / exact, or inverse", yscale="log", ylim=(0.9, None))
+            lower.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            lower.yaxis.set_minor_formatter(ticker.NullFormatter() if max(lower.get_ylim()) > 50 else "{x:g}")
     axes[0, 0].set_ylabel("total-variation distance")
-    axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncol=len(labels), frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def main() -> None:
     """Entry point of ``python -m benchmarks.kernels``."""
-    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    directory.mkdir(parents=True, exist_ok=True)
-    results = measure_all()
-    (directory / "kernels.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(results, directory / "kernels.png")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--directory", type=Path, default=RESULTS)
+    parser.add_argument("--draw-only", action="store_true", help="draw the figure of an existing kernels.json")
+    arguments = parser.parse_args()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    path = arguments.directory / "kernels.json"
+    if not arguments.draw_only:
+        path.write_text(json.dumps(measure_all(), indent=1) + "\n")
+    draw(json.loads(path.read_text()), arguments.directory / "kernels.png")
 
 
 if __name__ == "__main__":

@@ -319,7 +319,7 @@ class LangevinActor(TensorDictModuleBase):
     def make_tensordict_primer(self) -> Transform:
         """The transform that an environment needs to carry the previous action; an empty one without ``warm_start``."""
         if not self.warm_start:
-            return Compose()
+            return Compose()  # pyright: ignore[reportCallIssue]
         spec = self.spec[self.action_key]
         return TensorDictPrimer(
             Composite({self.previous_action_key: Unbounded(spec.shape, device=spec.device, dtype=spec.dtype)}),

@@ -267,7 +267,7 @@ def test_the_previous_action_travels_through_a_collector(warm_start: bool) -> No
         if not warm_start:
             continue
         for step in range(12):
-            now = batch[:, step]
+            now: Any = batch[:, step]
             # Five steps to an episode, and 12 to a batch: the second begins in the middle of one.
             fresh = now["is_init"]
             assert torch.equal(now["previous_action"], torch.where(fresh, torch.zeros(2, 1), previous))
