@@ -107,7 +107,7 @@ class SamplerConfig:
     w: int | float | str = 500.0
     """Inverse temperature; auto starts at 500 and tunes it to target_spread."""
     target_spread: float = 0.1
-    """With w=auto: standard deviation of the actions sampled for a state, in units of half the action range."""
+    """With w=auto: standard deviation of the actions sampled for one state, in units of half the action range."""
     normalize_gradient: bool = True
     """Whether the drift uses the gradient's direction only."""
     num_particles: int = 1
