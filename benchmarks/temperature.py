@@ -24,7 +24,7 @@ from nclql_torchrl import AutomaticTemperature, LangevinActor
 RESULTS = Path(__file__).parent / "results" / "temperature"
 ACTION_DIMS = (1, 3, 6, 17)
 INVERSE_TEMPERATURES = (0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 200.0, 300.0, 500.0, 700.0, 1000.0, 2000.0)
-TARGETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+TARGETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 NUM_CORRECTIONS = 60
 
 

@@ -323,7 +323,7 @@ class PreconditionedLangevin(Kernel):
     step size remains, as for the unadjusted step.
 
     Args:
-        forgetting: how much more the recent past counts: a step t ago fades as ``t ** -(1 + forgetting)`` would;
+        forgetting: how much more the recent past counts: the chain's step s in proportion to about ``s ** forgetting``;
             0 is the plain average.
         damping: share of the overall root mean square added to every coordinate's, positive; no coordinate's step size
             grows by more than ``1 + 1 / damping``.

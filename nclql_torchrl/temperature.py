@@ -9,6 +9,22 @@ from torch import Tensor, nn
 from nclql_torchrl.actor import LangevinActor
 
 
+def check_target_spread(target_spread: float, noise: float) -> None:
+    """Raises ValueError for a spread that chains cannot have whose last steps inject ``noise``, a standard deviation.
+
+    Examples:
+        >>> check_target_spread(0.01, noise=0.01)
+        Traceback (most recent call last):
+        ...
+        ValueError: target_spread is 0.01; expected a number from 0.02, twice the noise of the last step, to 1.
+    """
+    if not 2.0 * noise * (1 - 1e-9) <= target_spread < 1.0:
+        raise ValueError(
+            f"target_spread is {target_spread:g}; expected a number from {2.0 * noise:g}, twice the noise of the last "
+            "step, to 1."
+        )
+
+
 class AutomaticTemperature(nn.Module):
     """Tunes the inverse temperature ``w`` of an actor's sampler, in place, to a spread of the actions it samples.
 
@@ -27,20 +43,21 @@ class AutomaticTemperature(nn.Module):
     Each step samples ``num_particles`` chains for some states and multiplies ``w`` by
     ``(spread / target_spread) ** gain``; nothing waits for the device.
 
-    With the normalised gradient ``w`` is the length of the drift as much as a temperature: the spread falls with ``w``
-    only until the last level's drift overshoots its noise. So ``w`` is kept below ``5 / sqrt(last step size)`` (500 by
-    default, the authors' value), and smaller spreads than that gives are out of reach. benchmarks/results/README.md has
-    the range that was measured.
+    A chain cannot be narrower than the noise of its last steps, and where that is close a larger ``w`` makes it wider:
+    the drift overshoots. So targets below ``2 sqrt(last step size)`` are refused (0.02 by default), and with the
+    normalised gradient, where ``w`` is the length of the drift as much as a temperature, ``w`` is kept below
+    ``5 / sqrt(last step size)`` (500 by default, the authors' value). The range that was measured is in
+    benchmarks/results/README.md.
 
     Args:
         actor: whose ``sampler.w`` is tuned, and whose critics and chains are used.
-        target_spread: the spread asked for, between 0 and 1.
+        target_spread: the spread asked for, from ``2 sqrt(last step size)`` to 1; that of uniform actions is 0.58.
         num_states: how many states of the batch each step looks at.
         num_particles: chains per state.
         gain: exponent of the correction; one step closes about that share of the gap.
 
     Raises:
-        ValueError: for a ``target_spread`` outside (0, 1), ``num_states < 1``, ``num_particles < 2`` or a ``gain``
+        ValueError: for a ``target_spread`` outside of that, ``num_states < 1``, ``num_particles < 2`` or a ``gain``
             outside (0, 1].
 
     Examples:
@@ -72,8 +89,8 @@ class AutomaticTemperature(nn.Module):
         gain: float = 0.1,
     ) -> None:
         super().__init__()
-        if not 0.0 < target_spread < 1.0:
-            raise ValueError(f"target_spread is {target_spread}; expected a number between 0 and 1.")
+        noise = float(actor.sampler.schedule.step_sizes[-1]) ** 0.5
+        check_target_spread(target_spread, noise)
         if num_states < 1 or num_particles < 2:
             raise ValueError(
                 f"num_states is {num_states} and num_particles is {num_particles}; expected at least 1 and 2."
@@ -90,8 +107,7 @@ class AutomaticTemperature(nn.Module):
         self.register_buffer("spread", torch.full_like(w, torch.nan))
         # The median of the sample variance of normals that have variance 1 (Wilson and Hilferty, 1931).
         self._median_of_variance = (1.0 - 2.0 / (9.0 * (num_particles - 1) * actor.sampler.action_dim)) ** 3
-        last_step_size = float(actor.sampler.schedule.step_sizes[-1])
-        self.largest_w = 5.0 / last_step_size**0.5 if actor.sampler.normalize_gradient else 1e8
+        self.largest_w = 5.0 / noise if actor.sampler.normalize_gradient else 1e8
 
     @torch.no_grad()
     def step(self, batch: TensorDictBase) -> None:

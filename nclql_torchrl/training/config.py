@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from envs import ENGINES
 from nclql_torchrl.kernels import Boundary, KernelName, make_kernel
 from nclql_torchrl.langevin import Execution
+from nclql_torchrl.temperature import check_target_spread
 from nclql_torchrl.update import UpdateMode
 from nclql_torchrl.value import EnsembleReduction
 
@@ -236,6 +237,11 @@ def validate(config: TrainConfig) -> None:
     for name, value in positive_numbers.items():
         if not (math.isfinite(value) and value > 0.0):
             raise ConfigError(f"{name} is {value:g}; expected a positive, finite number.")
+    if config.sampler.w == "auto":
+        try:
+            check_target_spread(config.sampler.target_spread, config.sampler.step_lr**0.5)
+        except ValueError as error:
+            raise ConfigError(f"sampler.{error}") from None
     if not (math.isfinite(config.optim.utd_ratio) and config.optim.utd_ratio >= 0.0):
         raise ConfigError(
             f"optim.utd_ratio is {config.optim.utd_ratio:g}; expected updates per transition, at least 0."
@@ -248,8 +254,6 @@ def validate(config: TrainConfig) -> None:
             f"sampler.start_level is {config.sampler.start_level}; expected a level, 0 to "
             f"{config.sampler.num_levels - 1} (sampler.num_levels - 1)."
         )
-    if not 0.0 < config.sampler.target_spread < 1.0:
-        raise ConfigError(f"sampler.target_spread is {config.sampler.target_spread:g}; expected a number in (0, 1).")
     if config.sampler.sigma_min >= config.sampler.sigma_max:
         raise ConfigError(
             f"sampler.sigma_min is {config.sampler.sigma_min:g} and sampler.sigma_max is {config.sampler.sigma_max:g}; "
