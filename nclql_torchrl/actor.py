@@ -15,10 +15,11 @@ from torchrl.envs import Compose, TensorDictPrimer, Transform
 from torchrl.envs.utils import ExplorationType
 
 from nclql_torchrl.critic import NoiseConditionedQNetwork
+from nclql_torchrl.execution import Execution
 from nclql_torchrl.kernels import Boundary, Kernel, KernelName, apply_boundary
-from nclql_torchrl.langevin import Execution, LangevinSampler, best_particle
+from nclql_torchrl.langevin import LangevinSampler, best_particle
 from nclql_torchrl.schedule import NoiseSchedule
-from nclql_torchrl.value import ActionValue, EnsembleReduction, ModuleActionValue, check_choice
+from nclql_torchrl.value import ActionValue, EnsembleReduction, ModuleActionValue, Precision, check_choice
 
 DETERMINISTIC_TYPES = (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN)
 DIAGNOSTIC_KEYS = ("gradient_norm", "clipped_fraction", "q_before", "q_after")
@@ -66,7 +67,8 @@ class LangevinActor(TensorDictModuleBase):
             :class:`~nclql_torchrl.kernels.Kernel` with settings of its own.
         start_level: first noise level that chains visit when acting.
         warm_start: whether chains start from the previous action.
-        execution: "eager" or "compile".
+        execution: "eager", "compile", "cudagraph" or "auto": how a chain runs, see :mod:`nclql_torchrl.execution`.
+        precision: "float32", or "bfloat16" for matrix products of that type at every Langevin step.
         diagnostics: adds the out_keys ``gradient_norm`` (of the combined critics at the returned action),
             ``clipped_fraction`` (share of the action's coordinates on a face), ``q_before`` and ``q_after`` (lowest
             critic at the chain's start and end), each of shape [*batch, 1], for actions in [-1, 1]; and the kernel's
@@ -123,6 +125,7 @@ class LangevinActor(TensorDictModuleBase):
         start_level: int = 0,
         warm_start: bool = False,
         execution: Execution = "eager",
+        precision: Precision = "float32",
         diagnostics: bool = False,
         action_key: NestedKey = "action",
         level_key: NestedKey = "level",
@@ -153,6 +156,7 @@ class LangevinActor(TensorDictModuleBase):
             if count < 1:
                 raise ValueError(f"{name} is {count}; expected at least 1.")
         check_choice("ensemble_reduction", ensemble_reduction, EnsembleReduction)
+        check_choice("precision", precision, Precision)
         if isinstance(spec, Composite):
             spec = spec[action_key]
         low, high = _action_box(spec)
@@ -182,6 +186,7 @@ class LangevinActor(TensorDictModuleBase):
         starts = _fixed_starts(deterministic_num_particles, self.sampler.action_dim)
         self.register_buffer("deterministic_start", starts.to(leaf.device, leaf.dtype))
         self.ensemble_reduction: EnsembleReduction = ensemble_reduction
+        self.precision: Precision = precision
         self.diagnostics = diagnostics
 
         self.action_key, self.level_key, self.value_key = action_key, level_key, value_key
@@ -269,6 +274,7 @@ class LangevinActor(TensorDictModuleBase):
                 action_center=self.sampler.action_center,
                 action_half_range=self.sampler.action_half_range,
                 reduction=self.ensemble_reduction,
+                precision=self.precision,
             )
         return ModuleActionValue(
             self.qvalue_network,
@@ -277,6 +283,7 @@ class LangevinActor(TensorDictModuleBase):
             action_center=self.sampler.action_center,
             action_half_range=self.sampler.action_half_range,
             reduction=self.ensemble_reduction,
+            precision=self.precision,
             action_key=self.action_key,
             level_key=self.level_key,
             value_key=self.value_key,

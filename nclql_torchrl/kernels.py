@@ -235,6 +235,8 @@ class MetropolisAdjustedLangevin(Kernel):
             forward = noise[..., :-1].square().sum(-1)
             log_ratio = w * (proposal_level - level) + 0.5 * (forward - reverse)
             accept = _log_uniform(noise[..., -1]) < log_ratio
+            # No noise may also come as zeros, which a normal number never is.
+            accept = torch.where((noise[..., :-1] == 0.0).all(-1), proposal_level >= level, accept)
         moved = accept.unsqueeze(-1)
         carry = (
             torch.where(accept, proposal_level, level),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from nclql_torchrl.execution import Execution, Executor
 from nclql_torchrl.kernels import (
     Boundary,
     Carry,
@@ -19,9 +19,6 @@ from nclql_torchrl.kernels import (
 )
 from nclql_torchrl.schedule import NoiseSchedule
 from nclql_torchrl.value import ActionValue, check_choice, reduce_ensemble
-
-Execution = Literal["eager", "compile"]
-"""How a Langevin step runs: operation by operation, or fused by torch.compile."""
 
 UNADJUSTED = UnadjustedLangevin()
 """The authors' kernel."""
@@ -102,14 +99,8 @@ def kernel_chain(
     normalize_gradient: bool,
     boundary: Boundary,
     start_level: int = 0,
-    step: Callable[..., tuple[Tensor, Carry]] | None = None,
 ) -> tuple[Tensor, Carry]:
-    """:func:`langevin_chain`, with what the kernel carried to the end for ``kernel.statistics``.
-
-    Args as there, and:
-        step: replaces ``kernel.step``, by its compiled form for example.
-    """
-    step = kernel.step if step is None else step
+    """:func:`langevin_chain`, with what the kernel carried to the end, for ``kernel.statistics``."""
     carry = kernel.init(action)
     # 0-dim tensors: they neither promote the action's type nor wait for the device.
     sizes = step_sizes.to(action.dtype).unbind()
@@ -118,7 +109,7 @@ def kernel_chain(
         carry = kernel.enter_level(value, action, carry)
         for index in range(steps_per_level):
             step_noise = None if noise is None else noise[level - start_level, index]
-            action, carry = step(value, action, carry, step_noise, sizes[level], w, normalize_gradient, boundary)
+            action, carry = kernel.step(value, action, carry, step_noise, sizes[level], w, normalize_gradient, boundary)
     return action, carry
 
 
@@ -164,11 +155,12 @@ class LangevinSampler(nn.Module):
         boundary: "clip" or "reflect".
         kernel: the transition: "langevin" (the authors'), "mala", "underdamped", "preconditioned", or a
             :class:`~nclql_torchrl.kernels.Kernel` with settings of its own.
-        execution: "eager" or "compile".
+        execution: how a chain runs, see :mod:`nclql_torchrl.execution`.
 
     Raises:
         ValueError: for an empty or infinite action range, ``steps_per_level < 1``, ``w <= 0``, an unknown choice, or
             a kernel that cannot work with ``normalize_gradient`` or ``boundary``.
+        RuntimeError: where this machine lacks what ``execution`` needs.
 
     Examples:
         >>> from nclql_torchrl import NoiseConditionedQNetwork
@@ -210,7 +202,6 @@ class LangevinSampler(nn.Module):
         if not 0.0 < w < float("inf"):
             raise ValueError(f"w is {w}; expected a positive, finite inverse temperature.")
         check_choice("boundary", boundary, Boundary)
-        check_choice("execution", execution, Execution)
         self.kernel = make_kernel(kernel)
         self.kernel.check(normalize_gradient, boundary)
         center, half_range = action_range(action_low, action_high)
@@ -223,8 +214,7 @@ class LangevinSampler(nn.Module):
         self.boundary: Boundary = boundary
         self.execution: Execution = execution
         self.register_buffer("w", torch.tensor(w, dtype=torch.float64))
-        # dynamic=False: a shape that changes at run time (a smaller last batch) compiles its own fast version.
-        self._step = torch.compile(self.kernel.step, dynamic=False) if execution == "compile" else self.kernel.step
+        self._execute = Executor(LangevinSampler._chain, execution)
 
     @property
     def action_dim(self) -> int:
@@ -265,18 +255,37 @@ class LangevinSampler(nn.Module):
         deterministic: bool = False,
         start_level: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """:meth:`forward`, with the kernel's statistics of each chain: name -> tensor of shape [*batch]."""
+        """:meth:`forward`, with the kernel's statistics of each chain: name -> tensor of shape [*batch].
+
+        Raises:
+            ValueError: for noise of another shape than that.
+        """
         shape = (*value.batch_shape, self.action_dim)
         if initial_action is None and deterministic:
             initial_action = torch.zeros(shape, dtype=value.dtype, device=value.device)
         elif initial_action is None:
             initial_action = self.random_start(value)
-        num_levels = self.schedule.num_levels - start_level
-        if noise is None and not deterministic:
-            noise_shape = (num_levels, self.steps_per_level, *value.batch_shape, self.kernel.noise_dim(self.action_dim))
-            noise = torch.randn(noise_shape, dtype=value.dtype, device=value.device)
+        num_levels, noise_dim = self.schedule.num_levels - start_level, self.kernel.noise_dim(self.action_dim)
+        noise_shape = (num_levels, self.steps_per_level, *value.batch_shape, noise_dim)
+        if noise is None:
+            # Drawn outside of anything compiled or captured, so that it is fresh in every call. A chain without noise
+            # carries zeros: it is the same compiled program.
+            draw = torch.zeros if deterministic else torch.randn
+            noise = draw(noise_shape, dtype=value.dtype, device=value.device)
+        elif noise.shape != noise_shape:
+            raise ValueError(
+                f"The noise has shape {tuple(noise.shape)}; expected {noise_shape}: levels visited, steps per level, "
+                "batch, and the kernel's noise_dim."
+            )
+        action, *statistics = self._execute(self, value, initial_action, noise)
+        return action, dict(zip(self.kernel.statistic_keys, statistics, strict=True))
+
+    def _chain(self, value: ActionValue, initial_action: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        """The actions, then the kernel's statistics in the order of their keys."""
+        # Said by the noise alone, so that it need not be said again to what is compiled or captured.
+        num_levels = noise.shape[0]
         action, carry = kernel_chain(
-            value.at_level,
+            value.levels(),
             initial_action,
             noise,
             self.kernel,
@@ -285,10 +294,10 @@ class LangevinSampler(nn.Module):
             w=self.w.to(value.dtype),
             normalize_gradient=self.normalize_gradient,
             boundary=self.boundary,
-            start_level=start_level,
-            step=self._step,
+            start_level=self.schedule.num_levels - num_levels,
         )
-        return action, self.kernel.statistics(carry, num_levels * self.steps_per_level)
+        statistics = self.kernel.statistics(carry, num_levels * self.steps_per_level)
+        return action, *(statistics[key] for key in self.kernel.statistic_keys)
 
     def random_start(self, value: ActionValue) -> Tensor:
         """Uniform normalised starts for chains on ``value``, shape [*batch, action_dim]."""

@@ -91,6 +91,7 @@ def make_actor(
         start_level=sampler.start_level,
         warm_start=sampler.warm_start,
         execution=sampler.execution,  # pyright: ignore[reportArgumentType]
+        precision=sampler.precision,  # pyright: ignore[reportArgumentType]
         diagnostics=diagnostics,
     )
     if loss is not None:

@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from envs import ENGINES
+from nclql_torchrl.execution import Execution
 from nclql_torchrl.kernels import Boundary, KernelName, make_kernel
-from nclql_torchrl.langevin import Execution
 from nclql_torchrl.temperature import check_target_spread
 from nclql_torchrl.update import UpdateMode
-from nclql_torchrl.value import EnsembleReduction
+from nclql_torchrl.value import EnsembleReduction, Precision
 
 LOGGER_BACKENDS = ("csv", "tensorboard", "wandb", "none")
 
@@ -128,7 +128,9 @@ class SamplerConfig:
     warm_start: bool = False
     """Start acting chains from the environment's previous action plus noise of start_level."""
     execution: str = "eager"
-    """eager or compile."""
+    """eager, compile, cudagraph or auto (cudagraph on a GPU, compile on a CPU with a C++ compiler, else eager)."""
+    precision: str = "float32"
+    """float32 (TF32 where the GPU has it) or bfloat16, of the matrix products inside the sampler."""
 
 
 @dataclass
@@ -200,6 +202,7 @@ def validate(config: TrainConfig) -> None:
     _choose("sampler.boundary", config.sampler.boundary, get_args(Boundary))
     _choose("sampler.kernel", config.sampler.kernel, get_args(KernelName))
     _choose("sampler.execution", config.sampler.execution, get_args(Execution))
+    _choose("sampler.precision", config.sampler.precision, get_args(Precision))
     _choose("logger.backend", config.logger.backend, LOGGER_BACKENDS)
 
     positive_integers = {
