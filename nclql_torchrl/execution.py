@@ -110,7 +110,8 @@ class Executor:
             self._compiled = torch.compile(compiled_chain, fullgraph=True, dynamic=False)
         # The chain keeps no graph in any mode; saying so spares a second compilation outside of no_grad.
         with torch.no_grad():
-            return self._compiled(sampler, value, start, noise)
+            # Contiguous: a caller's own noise and drawn noise are one compiled program.
+            return self._compiled(sampler, value, start.contiguous(), noise.contiguous())
 
     def _replay(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         """Replays the CUDA graph of this batch shape and these parameter tensors.
