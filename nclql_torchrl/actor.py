@@ -297,9 +297,11 @@ class LangevinActor(TensorDictModuleBase):
         noise = tensordict.get(self.noise_key, None)
         batch_ndim = len(value.batch_shape) - 1
         if start is not None:
-            start = start.movedim(batch_ndim, 0)
+            # Cloned, so that its strides are those of a drawn start: a compiled chain would tell them apart.
+            start = start.movedim(batch_ndim, 0).clone(memory_format=torch.contiguous_format)
         if noise is not None:
             noise = noise.movedim((batch_ndim + 1, batch_ndim + 2, batch_ndim), (0, 1, 2))
+            noise = noise.clone(memory_format=torch.contiguous_format)
         return start, noise
 
     def is_warm(self, tensordict: TensorDictBase) -> bool:
