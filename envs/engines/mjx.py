@@ -9,6 +9,7 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 # JAX would otherwise reserve most of a GPU's memory as soon as it starts, and torch needs some.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -114,7 +115,7 @@ class MJXEngine:
         self.action_low, self.action_high = torch.from_numpy(low.copy()), torch.from_numpy(high.copy())
         self._state = self._put(self._dynamics.initial_state(num_envs))
         self.observation_dim = self._state["observation"].shape[-1]
-        self._overflow: jax.Array | None = None
+        self._overflow: Any = None
         self.seed(0)
 
     def seed(self, seed: int) -> None:
