@@ -32,8 +32,9 @@ def start(task: str, num_envs: int, device: str) -> dict[str, float]:
 
     from envs.engines.mjx import MJXEngine
 
+    task_class: Any = TASKS[task]
     wall, cpu = time.perf_counter(), time.process_time()
-    engine = MJXEngine(TASKS[task](), num_envs, device=device)
+    engine = MJXEngine(task_class(), num_envs, device=device)
     engine.reset(torch.ones(num_envs, dtype=torch.bool, device=device))
     step = engine.step(torch.zeros(num_envs, len(engine.action_low), device=device))
     step.reward.cpu()

@@ -74,7 +74,8 @@ def compare(task: str, number: int, *, dtype: str = "float32", solver: str = "gy
         :func:`summary` of the "observation" and "reward" errors, and how often "terminated" differs.
     """
     expected = gymnasium_transitions(task, number)
-    engine = MJXEngine(TASKS[task](), number, dtype=getattr(torch, dtype), solver=solver)
+    task_class: Any = TASKS[task]
+    engine = MJXEngine(task_class(), number, dtype=getattr(torch, dtype), solver=solver)
     engine.set_state(torch.from_numpy(expected["qpos"]), torch.from_numpy(expected["qvel"]))
     step = engine.step(torch.from_numpy(expected["action"]))
     observation = errors(step.next_observation.numpy(), expected["observation"]).max(-1)

@@ -9,6 +9,7 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 # JAX would otherwise reserve most of a GPU's memory as soon as it starts, and torch needs some.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -24,12 +25,25 @@ from envs.engines.mjx_corrections import check_version
 from envs.engines.mjx_dynamics import Dynamics, Settings, State, load_model
 from envs.engines.mjx_warp import Room, choose_room
 from envs.task import Model, Task
-from envs.tasks import TASKS
 
 SOLVERS = ("gymnasium", "fast")
 
-FAST_ITERATIONS: dict[str, tuple[int, int]] = dict.fromkeys(TASKS, (8, 16))
-"""``solver="fast"``: iterations of the solver and of its line search."""
+FAST_ITERATIONS: dict[str, tuple[int, int]] = {
+    "Ant-v5": (8, 16),  # with (4, 8), one observation in twenty is off by more than 0.01
+    "HalfCheetah-v5": (4, 8),
+    "Hopper-v5": (4, 8),
+    "Humanoid-v5": (8, 16),
+    "HumanoidStandup-v5": (8, 16),
+    "InvertedDoublePendulum-v5": (4, 8),
+    "InvertedPendulum-v5": (4, 8),
+    "Pusher-v5": (8, 16),
+    "Reacher-v5": (4, 8),
+    "Swimmer-v5": (4, 8),
+    "Walker2d-v5": (8, 16),
+}
+"""``solver="fast"``: iterations of the solver and of its line search, with which float32 errs no more than with all of
+Gymnasium's (``envs/engines/mjx_parity.py``). In a batch everybody waits for the slowest: on a CPU, 256 HalfCheetahs are
+2.2 times as fast so."""
 
 # Environments of the same task share what was compiled.
 make_dynamics = functools.lru_cache(maxsize=16)(Dynamics)
@@ -114,7 +128,7 @@ class MJXEngine:
         self.action_low, self.action_high = torch.from_numpy(low.copy()), torch.from_numpy(high.copy())
         self._state = self._put(self._dynamics.initial_state(num_envs))
         self.observation_dim = self._state["observation"].shape[-1]
-        self._overflow: jax.Array | None = None
+        self._overflow: Any = None
         self.seed(0)
 
     def seed(self, seed: int) -> None:

@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 with contextlib.redirect_stdout(io.StringIO()):  # MJX prints it if there is no Warp.
-    from mujoco import mjx
+    from mujoco import mjx as _mjx
     from mujoco.mjx._src import collision_driver, collision_primitive, forward, scan, solver
     from mujoco.mjx._src.types import GeomType
+
+mjx: Any = _mjx  # its types say less than is true
 
 TESTED_VERSION = "3.17.0"
 """The release of mujoco and mujoco-mjx whose steps were compared with Gymnasium's (``benchmarks/mjx_parity.py``)."""
@@ -59,7 +61,7 @@ def corrections() -> Iterator[None]:
     if not corrected_release():
         yield
         return
-    replacements: list[tuple[dict[Any, Any], Any, Any]] = [
+    replacements: list[Any] = [
         (collision_driver._COLLISION_FUNC, (GeomType.PLANE, GeomType.CAPSULE), plane_capsule),
         (vars(solver), "_while_loop_scan", while_loop),
         (vars(scan), "body_tree", with_barriers(scan.body_tree)),

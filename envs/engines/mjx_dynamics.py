@@ -49,11 +49,16 @@ class Random:
 
     def uniform(self, low: float, high: float, size: int | tuple[int, ...]) -> jax.Array:
         """Draws of shape ``size``, uniform in [low, high)."""
-        return jax.random.uniform(self._next_key(), size, minval=low, maxval=high)
+        return jax.random.uniform(self._next_key(), shape(size), minval=low, maxval=high)
 
     def standard_normal(self, size: int | tuple[int, ...]) -> jax.Array:
         """Draws of shape ``size`` from the standard normal distribution."""
-        return jax.random.normal(self._next_key(), size)
+        return jax.random.normal(self._next_key(), shape(size))
+
+
+def shape(size: int | tuple[int, ...]) -> tuple[int, ...]:
+    """NumPy's ``size`` as JAX has it."""
+    return (size,) if isinstance(size, int) else size
 
 
 @dataclass(frozen=True)
