@@ -12,7 +12,7 @@ from tensordict import TensorDictBase, TensorDictParams
 from torch import Tensor, nn
 
 from nclql_torchrl.langevin import action_range
-from nclql_torchrl.value import ActionValue, EnsembleReduction, LevelValue, Precision
+from nclql_torchrl.value import ActionValue, EnsembleReduction, Level, LevelValue, Precision, entry
 
 LEVEL_EMBEDDING_DIM = 16
 LEVEL_HIDDEN_DIM = 32
@@ -211,6 +211,8 @@ class EnsembleActionValue(ActionValue):
     units and the action in [-1, 1], the affine map between them is folded into the first layer.
     """
 
+    takes_tensor_levels = True
+
     def __init__(
         self,
         weights: EnsembleWeights,
@@ -252,7 +254,7 @@ class EnsembleActionValue(ActionValue):
         embed, trunk, *buffers = self.weights
         return [*(tensor for layer in (*embed, *trunk) for tensor in layer), *buffers]
 
-    def levels(self) -> Callable[[int], EnsembleLevelValue]:
+    def levels(self) -> Callable[[Level], EnsembleLevelValue]:
         """The landscapes, with the observation's and the levels' share of the first layer computed here, once."""
         weights = self.weights
         (first, first_bias), *hidden, (output_weight, output_bias) = weights.trunk
@@ -281,7 +283,7 @@ class EnsembleActionValue(ActionValue):
             "reduction": self.reduction,
             "batch_shape": self.batch_shape,
         }
-        return lambda level: EnsembleLevelValue(observation_features + level_features[:, level : level + 1], **fixed)
+        return lambda level: EnsembleLevelValue(observation_features + entry(level_features, level, dim=1), **fixed)
 
 
 class EnsembleLevelValue(LevelValue):
@@ -318,14 +320,14 @@ class EnsembleLevelValue(LevelValue):
         self.batch_shape = batch_shape
 
     def _first_layer(self, action: Tensor) -> Tensor:
-        return self.features + _product(action.reshape(1, -1, action.shape[-1]), self.action_weight.mT)
+        return self.features + _product(action.reshape(1, -1, action.shape[-1]), self.action_weight.transpose(-1, -2))
 
     def heads(self, action: Tensor) -> Tensor:
         """Every critic's value, shape [num_critics, *batch]."""
         hidden = F.mish(self._first_layer(action))
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            hidden = F.mish(_product(hidden, weight.mT) + bias)
-        values = torch.baddbmm(self.output_bias, hidden, self.output_weight.mT).squeeze(-1)
+            hidden = F.mish(_product(hidden, weight.transpose(-1, -2)) + bias)
+        values = torch.baddbmm(self.output_bias, hidden, self.output_weight.transpose(-1, -2)).squeeze(-1)
         return values.reshape(-1, *self.batch_shape)
 
     def gradient(self, action: Tensor) -> Tensor:
@@ -338,11 +340,11 @@ class EnsembleLevelValue(LevelValue):
         hidden, slope = mish_with_slope(self._first_layer(action))
         slopes = [slope]
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            hidden, slope = mish_with_slope(_product(hidden, weight.mT) + bias)
+            hidden, slope = mish_with_slope(_product(hidden, weight.transpose(-1, -2)) + bias)
             slopes.append(slope)
         delta = self.output_weight * slopes[-1]
         if self.reduction == "min":
-            values = torch.baddbmm(self.output_bias, hidden, self.output_weight.mT)
+            values = torch.baddbmm(self.output_bias, hidden, self.output_weight.transpose(-1, -2))
             lowest = values.amin(0, keepdim=True)
             is_lowest = (values == lowest).to(values.dtype)
             # Ties share the gradient, as torch.amin's own derivative does.

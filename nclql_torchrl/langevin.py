@@ -18,7 +18,7 @@ from nclql_torchrl.kernels import (
     make_kernel,
 )
 from nclql_torchrl.schedule import NoiseSchedule
-from nclql_torchrl.value import ActionValue, check_choice, reduce_ensemble
+from nclql_torchrl.value import ActionValue, Level, check_choice, entry, reduce_ensemble
 
 UNADJUSTED = UnadjustedLangevin()
 """The authors' kernel."""
@@ -99,18 +99,42 @@ def kernel_chain(
     normalize_gradient: bool,
     boundary: Boundary,
     start_level: int = 0,
+    rolled: bool = False,
 ) -> tuple[Tensor, Carry]:
-    """:func:`langevin_chain`, with what the kernel carried to the end, for ``kernel.statistics``."""
-    carry = kernel.init(action)
-    # 0-dim tensors: they neither promote the action's type nor wait for the device.
-    sizes = step_sizes.to(action.dtype).unbind()
-    for level in range(start_level, len(sizes)):
+    """:func:`langevin_chain`, with what the kernel carried to the end, for ``kernel.statistics``.
+
+    Args as there, and:
+        rolled: whether the levels are a loop of the compiled program (see :mod:`nclql_torchrl.execution`); then
+            ``value_at_level`` gets them as tensors.
+    """
+    sizes = step_sizes.to(action.dtype)
+
+    def visit(level: Level, action: Tensor, *carry: Tensor) -> tuple[Tensor, ...]:
         value = value_at_level(level)
+        # 0-dim: it neither promotes the action's type nor waits for the device.
+        step_size = entry(sizes, level).squeeze(0)
+        level_noise = None if noise is None else entry(noise, level - start_level).squeeze(0)
         carry = kernel.enter_level(value, action, carry)
         for index in range(steps_per_level):
-            step_noise = None if noise is None else noise[level - start_level, index]
-            action, carry = kernel.step(value, action, carry, step_noise, sizes[level], w, normalize_gradient, boundary)
-    return action, carry
+            step_noise = None if level_noise is None else level_noise[index]
+            action, carry = kernel.step(value, action, carry, step_noise, step_size, w, normalize_gradient, boundary)
+        return action, *carry
+
+    state = action, *kernel.init(action)
+    if rolled:
+
+        def unfinished(level: Tensor, *state: Tensor) -> Tensor:
+            return (level < len(sizes)).squeeze(0)
+
+        def next_level(level: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            return level + 1, *visit(level, *state)
+
+        _, *state = torch.while_loop(unfinished, next_level, (torch.tensor([start_level]), *state))
+    else:
+        for level in range(start_level, len(sizes)):
+            state = visit(level, *state)
+    action, *carry = state
+    return action, tuple(carry)
 
 
 def best_particle(particles: Tensor, score: Tensor) -> Tensor:
@@ -295,6 +319,9 @@ class LangevinSampler(nn.Module):
             normalize_gradient=self.normalize_gradient,
             boundary=self.boundary,
             start_level=self.schedule.num_levels - num_levels,
+            # Compiled, twenty steps take a minute and a loop of ten rounds a few seconds. On a GPU every round of a
+            # loop would wait for the host.
+            rolled=torch.compiler.is_compiling() and value.device.type == "cpu" and value.takes_tensor_levels,
         )
         statistics = self.kernel.statistics(carry, num_levels * self.steps_per_level)
         return action, *(statistics[key] for key in self.kernel.statistic_keys)

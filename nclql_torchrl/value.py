@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -18,6 +18,20 @@ EnsembleReduction = Literal["sum", "mean", "min"]
 Precision = Literal["float32", "bfloat16"]
 """Type of the operands of the matrix products at every Langevin step; all else, and every sum, stays in the
 observation's own type. "float32" leaves that type as it is, and uses TF32 on a GPU that has it."""
+
+
+Level = int | Tensor
+"""A noise level; a tensor of shape [1] where it counts the rounds of a compiled loop."""
+
+
+def entry(tensor: Tensor, level: Level, dim: int = 0) -> Tensor:
+    """The part of a tensor that belongs to a level: its dimension ``dim`` becomes 1.
+
+    Examples:
+        >>> entry(torch.arange(6.0).reshape(3, 2), 1)
+        tensor([[2., 3.]])
+    """
+    return tensor.narrow(dim, level, 1) if isinstance(level, int) else tensor.index_select(dim, level)
 
 
 def check_choice(name: str, value: str, choices: object) -> None:
@@ -95,8 +109,12 @@ class ActionValue(abc.ABC):
     device: torch.device
     """Where actions are sampled."""
 
+    takes_tensor_levels: ClassVar[bool] = False
+    """Whether the function that :meth:`levels` returns takes a level that is a tensor, so that a compiled chain can be
+    a loop instead of one long program."""
+
     @abc.abstractmethod
-    def levels(self) -> Callable[[int], LevelValue]:
+    def levels(self) -> Callable[[Any], LevelValue]:
         """The landscape over actions as a function of the noise level. Work that no action changes is done here, once
         per chain."""
 
