@@ -211,17 +211,22 @@ def measure(task: str, num_envs: int, device: str, engines: Sequence[str], round
                 1e3 * value for value in statistics.quantiles(taken, n=10, method="inclusive")
             )
             row["steps_per_second"] = num_envs / statistics.median(taken)
+            row["round_milliseconds"] = [1e3 * value for value in times[row["system"]]]
     return rows
 
 
 def ratios(rows: Sequence[dict]) -> list[tuple[str, int, str, float]]:
-    """Task, number of environments, which systems, and by what factor the first is faster than the second."""
+    """Task, number of environments, which systems, and by what factor the first is faster than the second.
+
+    Of the rounds' factors the median: within a round all are timed within seconds, so changes of the machine's speed
+    cancel.
+    """
     found = []
     for task, num_envs in dict.fromkeys((row["task"], row["num_envs"]) for row in rows):
-        speed = {
-            row["system"]: row["steps_per_second"]
+        taken = {
+            row["system"]: row["round_milliseconds"]
             for row in rows
-            if (row["task"], row["num_envs"]) == (task, num_envs) and "steps_per_second" in row
+            if (row["task"], row["num_envs"]) == (task, num_envs) and "round_milliseconds" in row
         }
         for first, second in (
             ("mujoco env", "mujoco"),
@@ -232,8 +237,9 @@ def ratios(rows: Sequence[dict]) -> list[tuple[str, int, str, float]]:
             ("mjx fast env", "torchrl mjx"),
             ("mjx warp", "mjx"),
         ):
-            if first in speed and second in speed:
-                found.append((task, num_envs, f"{first} / {second}", speed[first] / speed[second]))
+            if first in taken and second in taken:
+                factors = [slow / fast for fast, slow in zip(taken[first], taken[second], strict=True)]
+                found.append((task, num_envs, f"{first} / {second}", statistics.median(factors)))
     return found
 
 

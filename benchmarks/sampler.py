@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from torchrl.modules import ValueOperator
 
 from benchmarks.baselines.jax_sampler import make_chain
 from nclql_torchrl import LangevinActor, NoiseConditionedQNetwork
+from nclql_torchrl.machine import describe_machine
 
 IN_KEYS = ["observation", "action", "level"]
 
@@ -34,25 +34,22 @@ IN_KEYS = ["observation", "action", "level"]
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
     flags = next((line for line in cpu.splitlines() if line.startswith("flags")), "").split()
     return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
+        **describe_machine(("torch", "jax")),
         "instructions": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg(),
         "openmp": {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
-        "torch": torch.__version__,
-        "jax": jax.__version__,
     }
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile, in milliseconds."""
+def summary(seconds: list[float], yardstick: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile, in milliseconds; and the ratio to JAX, of its rounds the median.
+
+    Within a round all are timed within a second or two, so the machine's changes of speed cancel.
+    """
     low, median, high = np.percentile(np.array(seconds) * 1e3, [10, 50, 90])
-    return {"median_ms": float(median), "p10_ms": float(low), "p90_ms": float(high)}
+    ratio = np.median(np.array(seconds) / np.array(yardstick))
+    return {"median_ms": float(median), "p10_ms": float(low), "p90_ms": float(high), "ratio": float(ratio)}
 
 
 def timed_in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
@@ -65,7 +62,7 @@ def timed_in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[s
                 begin = time.perf_counter()
                 call()
                 seconds[name].append(time.perf_counter() - begin)
-    return {name: summary(values) for name, values in seconds.items()}
+    return {name: summary(values, seconds["jax"]) for name, values in seconds.items()}
 
 
 def make_actor(observation_dim: int, action_dim: int, **options: Any) -> LangevinActor:
@@ -135,7 +132,7 @@ def measure(
             timed_first(f"{mode} {precision}", lambda actor=actor: actor.sampler(actor.action_value(batch)))
     figures = timed_in_turn(calls, rounds)
     for name, row in figures.items():
-        row |= {"first_call_s": compile_s[name], "ratio": row["median_ms"] / figures["jax"]["median_ms"]}
+        row["first_call_s"] = compile_s[name]
     return {"states": states, "observation": observation_dim, "action": action_dim, "figures": figures}
 
 
@@ -169,7 +166,6 @@ def main() -> None:
                     )
         for precision, row in result["errors"][size].items():
             print(f"  {precision}: " + ", ".join(f"{name} {value:.1e}" for name, value in row.items()))
-    result["machine"]["load_after"] = os.getloadavg()
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

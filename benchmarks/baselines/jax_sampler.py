@@ -49,8 +49,7 @@ def make_chain(
         Maps a random key and observations [batch, observation_dim] to normalised actions [batch, action_dim].
     """
     parameters = [{name: jnp.asarray(value.T.numpy()) for name, value in c.state_dict().items()} for c in critics]
-    num_levels, steps_per_level = sampler.noise_shape
-    levels = jnp.repeat(jnp.arange(num_levels), steps_per_level)
+    levels = jnp.repeat(jnp.arange(sampler.schedule.num_levels), sampler.steps_per_level)
     step_sizes = jnp.asarray(sampler.schedule.step_sizes.to(torch.float32).numpy())[levels]
     w = float(sampler.w)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,8 @@ mujoco: Any = _mujoco  # its compiled functions have no type stubs
 
 ENVIRONMENTS_PER_THREAD = 8
 """Fewer are not worth waking a thread for."""
+
+CHUNKS_PER_THREAD = 4
 
 
 class MujocoEngine:
@@ -66,7 +68,8 @@ class MujocoEngine:
         self._controls = [data.ctrl for data in self._data]
 
         self._threads = min(num_threads or len(os.sched_getaffinity(0)), -(-num_envs // ENVIRONMENTS_PER_THREAD))
-        bounds = np.linspace(0, num_envs, self._threads + 1).astype(int).tolist()
+        # Several chunks per thread, taken as they come: contacts make some simulations slower than others.
+        bounds = np.linspace(0, num_envs, max(1, CHUNKS_PER_THREAD * self._threads) + 1).astype(int).tolist()
         self._chunks = [range(start, stop) for start, stop in pairwise(bounds)]
         self._pool: ThreadPoolExecutor | None = None
 
@@ -94,10 +97,9 @@ class MujocoEngine:
         """
         controls = action.numpy(force=True)
         chunks = iter(self._chunks)
-        first = next(chunks)
         # The calling thread does its share.
-        running = [self._executor().submit(self._advance, chunk, controls) for chunk in chunks]
-        self._advance(first, controls)
+        running = [self._executor().submit(self._advance, chunks, controls) for _ in range(self._threads - 1)]
+        self._advance(chunks, controls)
         for future in running:
             future.result()
         task, model, physics = self.task, self.model, self._physics(range(self.num_envs))
@@ -193,12 +195,12 @@ class MujocoEngine:
             self._pool = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="mujoco")
         return self._pool
 
-    def _advance(self, chunk: range, controls: np.ndarray) -> None:
-        """A control step of some simulations, in the calling thread."""
+    def _advance(self, chunks: Iterator[range], controls: np.ndarray) -> None:
+        """A control step of the simulations of as many chunks as this thread gets hold of."""
         model, frame_skip, step = self.model, self.task.frame_skip, mujoco.mj_step
         # Gymnasium always computes external forces; here only for a task that looks at them.
         forces = mujoco.mj_rnePostConstraint if "cfrc_ext" in self.task.reads else None
-        for index in chunk:
+        for index in chain.from_iterable(chunks):
             data = self._data[index]
             self._controls[index][:] = controls[index]
             step(model, data, frame_skip)
