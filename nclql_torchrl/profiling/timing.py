@@ -1,0 +1,127 @@
+"""How long a call of the sampler takes, what its first call costs, and how much memory it needs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch._inductor.utils import fresh_cache
+from torch.profiler import ProfilerActivity, profile
+
+Call = Callable[[], object]
+
+ROUNDS = 5
+"""Interleaved settings are timed in that many rounds, so that a machine that slows down slows all of them down."""
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """A percentile by linear interpolation between order statistics.
+
+    Examples:
+        >>> percentile([4.0, 1.0, 3.0, 2.0], 50), percentile([5.0], 90)
+        (2.5, 5.0)
+    """
+    if len(values) == 1:
+        return values[0]
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def first_call(call: Call, device: torch.device, *, cold: bool) -> float:
+    """Seconds of the first call of a setting, compilation included.
+
+    Args:
+        call: one call of the sampler.
+        device: where it runs.
+        cold: forget what was compiled before, in this process and in Inductor's cache on disk.
+    """
+    if cold:
+        torch.compiler.reset()
+    with fresh_cache() if cold else nullcontext():
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        return time.perf_counter() - start
+
+
+def time_calls(calls: Sequence[Call], device: torch.device, repetitions: int, after: Call) -> list[list[float]]:
+    """Milliseconds of every timed call of every setting, [len(calls)][repetitions].
+
+    The settings take turns. Each turn begins with a call that is not timed, which compiles where that is still to be
+    done and fills the caches. A GPU's time is that between two events around the call, which starts on an idle GPU:
+    what launching costs is part of it.
+
+    Args:
+        calls: one for each setting.
+        device: where they run.
+        repetitions: timed calls of each.
+        after: called after every turn, to move a progress bar.
+    """
+    milliseconds: list[list[float]] = [[] for _ in calls]
+    rounds = min(ROUNDS, repetitions)
+    for turn in range(rounds):
+        count = repetitions * (turn + 1) // rounds - repetitions * turn // rounds
+        for call, found in zip(calls, milliseconds, strict=True):
+            call()
+            found.extend(_milliseconds(call, device) for _ in range(count))
+            after()
+    return milliseconds
+
+
+def peak_memory(call: Call, device: torch.device, trace: Path | None = None) -> int:
+    """Bytes that one call needs on top of what was allocated before it, at their highest.
+
+    On a GPU this is the allocator's own high-water mark. On a CPU it is the largest sum of live tensors that torch's
+    allocator handed out during the call, as torch.profiler saw them; memory that libraries keep for themselves is not
+    in it.
+
+    Args:
+        call: one call of the sampler, warmed up.
+        device: where it runs.
+        trace: file for the profiler's trace of the call, in Chrome's format.
+    """
+    if device.type == "cuda" and trace is None:
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        _wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities, profile_memory=device.type == "cpu") as profiler:
+        call()
+        _wait(device)
+    if trace is not None:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+    if device.type == "cuda":
+        return peak_memory(call, device)
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    live = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def _milliseconds(call: Call, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        _wait(device)
+        start.record()
+        call()
+        end.record()
+        _wait(device)
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
