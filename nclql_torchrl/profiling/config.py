@@ -29,9 +29,9 @@ class ProfileConfig:
         [10, 20]
     """
 
-    levels: list[int] = field(default_factory=lambda: [3, 5, 10, 20])
+    levels: list[int] = field(default_factory=lambda: [1, 3, 5, 10, 20])
     """Noise levels of the chain; 1 is LQL."""
-    steps_per_level: list[int] = field(default_factory=lambda: [1, 2, 4])
+    steps_per_level: list[int] = field(default_factory=lambda: [1, 2])
     """Langevin steps at each level."""
     states: list[int] = field(default_factory=lambda: [256])
     """States that one call acts on."""

@@ -136,6 +136,8 @@ def untrained(config: ProfileConfig, device: torch.device) -> Subject:
 def trained(config: ProfileConfig, checkpoint: str, device: torch.device) -> Subject:
     """The critic of a run, asked about states that its own policy visits, exploration included."""
     run, actor = load_policy(checkpoint, device)
+    network = actor.qvalue_network.module  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(network, NoiseConditionedQNetwork)
     spec = actor.spec[actor.action_key]
     assert isinstance(spec, Bounded)
     subject = Subject(
@@ -143,16 +145,29 @@ def trained(config: ProfileConfig, checkpoint: str, device: torch.device) -> Sub
         params=actor.qvalue_network_params,
         hidden_sizes=tuple(run.network.hidden_sizes),
         spec=spec,
-        observations=torch.empty(0, 0),
+        observations=torch.empty(0, network.observation_dim, device=device),
         config=_with_w(run, config.w),
         trained=True,
     )
-    return replace(subject, observations=_visited(run, actor, config, device))
+    return replace(subject, observations=_visited(subject, config))
 
 
 @torch.no_grad()
-def _visited(run: TrainConfig, actor: LangevinActor, config: ProfileConfig, device: torch.device) -> Tensor:
+def _visited(subject: Subject, config: ProfileConfig) -> Tensor:
     """Random states of the policy's own episodes, shape [quality_states, observation_dim]."""
+    run, sampler, device = subject.config, subject.sampler, subject.device
+    actor = subject.actor_on(
+        base_schedule(sampler),
+        Setting(
+            sampler.num_levels,
+            sampler.steps_per_level,
+            VISITING_ENVS,
+            sampler.num_particles,
+            "eager",
+            "float32",
+            str(device),
+        ),
+    )
     steps = max(VISITING_STEPS, -(-config.quality_states // VISITING_ENVS))
     seed = run.seed + SEED_OFFSET + 1 + config.seed
     env = make_env(run.env.task, VISITING_ENVS, engine="gymnasium", device=device, seed=seed)
@@ -168,4 +183,3 @@ def _visited(run: TrainConfig, actor: LangevinActor, config: ProfileConfig, devi
 
 def _with_w(run: TrainConfig, w: float | None) -> TrainConfig:
     return run if w is None else replace(run, sampler=replace(run.sampler, w=w))
-

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -91,7 +93,7 @@ def peak_memory(call: Call, device: torch.device, trace: Path | None = None) -> 
         _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities, profile_memory=device.type == "cpu") as profiler:
+    with _silent_profiler(), profile(activities=activities, profile_memory=device.type == "cpu") as profiler:
         call()
         _wait(device)
     if trace is not None:
@@ -106,6 +108,20 @@ def peak_memory(call: Call, device: torch.device, trace: Path | None = None) -> 
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+@contextmanager
+def _silent_profiler() -> Iterator[None]:
+    """Kineto, as torch 2.13 has it, announces every start and stop on stderr, in the middle of the progress bar."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _milliseconds(call: Call, device: torch.device) -> float:
