@@ -44,7 +44,7 @@ class ProfileConfig:
     device: list[str] = field(default_factory=lambda: ["auto"])
     """auto (a GPU when there is one), cpu, cuda or cuda:<index>."""
     checkpoint: str | None = None
-    """Run directory or checkpoint whose critic is profiled, on states that its policy visits; null: an untrained one."""
+    """Run directory or checkpoint: its critic is profiled, on states that its policy visits; null: an untrained one."""
     observation_dim: int = 17
     """Of the untrained critic."""
     action_dim: int = 6
