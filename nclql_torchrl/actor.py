@@ -14,9 +14,10 @@ from torchrl.data import Bounded, Composite, TensorSpec
 from torchrl.envs.utils import ExplorationType
 
 from nclql_torchrl.critic import NoiseConditionedQNetwork
-from nclql_torchrl.langevin import Boundary, Execution, LangevinSampler, best_particle
+from nclql_torchrl.execution import Execution
+from nclql_torchrl.langevin import Boundary, LangevinSampler, best_particle
 from nclql_torchrl.schedule import NoiseSchedule
-from nclql_torchrl.value import ActionValue, EnsembleReduction, ModuleActionValue, check_choice
+from nclql_torchrl.value import ActionValue, EnsembleReduction, ModuleActionValue, Precision, check_choice
 
 DETERMINISTIC_TYPES = (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN)
 DIAGNOSTIC_KEYS = ("gradient_norm", "clipped_fraction", "q_before", "q_after")
@@ -51,7 +52,8 @@ class LangevinActor(TensorDictModuleBase):
         deterministic_num_particles: likewise where exploration is off. Defaults to ``num_particles``.
         ensemble_reduction: how the critics form the drift: "sum", "mean" or "min".
         boundary: "clip" or "reflect" at the faces of the box.
-        execution: "eager" or "compile".
+        execution: "eager", "compile", "cudagraph" or "auto": how a chain runs, see :mod:`nclql_torchrl.execution`.
+        precision: "float32", or "bfloat16" for matrix products of that type at every Langevin step.
         diagnostics: adds the out_keys ``gradient_norm`` (of the combined critics at the returned action),
             ``clipped_fraction`` (share of the action's coordinates on a face), ``q_before`` and ``q_after`` (lowest
             critic at the chain's start and end), each of shape [*batch, 1], for actions in [-1, 1].
@@ -102,6 +104,7 @@ class LangevinActor(TensorDictModuleBase):
         ensemble_reduction: EnsembleReduction = "sum",
         boundary: Boundary = "clip",
         execution: Execution = "eager",
+        precision: Precision = "float32",
         diagnostics: bool = False,
         action_key: NestedKey = "action",
         level_key: NestedKey = "level",
@@ -130,6 +133,7 @@ class LangevinActor(TensorDictModuleBase):
             if count < 1:
                 raise ValueError(f"{name} is {count}; expected at least 1.")
         check_choice("ensemble_reduction", ensemble_reduction, EnsembleReduction)
+        check_choice("precision", precision, Precision)
         if isinstance(spec, Composite):
             spec = spec[action_key]
         low, high = _action_box(spec)
@@ -151,6 +155,7 @@ class LangevinActor(TensorDictModuleBase):
         starts = _fixed_starts(deterministic_num_particles, self.sampler.action_dim)
         self.register_buffer("deterministic_start", starts.to(leaf.device, leaf.dtype))
         self.ensemble_reduction: EnsembleReduction = ensemble_reduction
+        self.precision: Precision = precision
         self.diagnostics = diagnostics
 
         self.action_key, self.level_key, self.value_key = action_key, level_key, value_key
@@ -227,6 +232,7 @@ class LangevinActor(TensorDictModuleBase):
                 action_center=self.sampler.action_center,
                 action_half_range=self.sampler.action_half_range,
                 reduction=self.ensemble_reduction,
+                precision=self.precision,
             )
         return ModuleActionValue(
             self.qvalue_network,
@@ -235,6 +241,7 @@ class LangevinActor(TensorDictModuleBase):
             action_center=self.sampler.action_center,
             action_half_range=self.sampler.action_half_range,
             reduction=self.ensemble_reduction,
+            precision=self.precision,
             action_key=self.action_key,
             level_key=self.level_key,
             value_key=self.value_key,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from tensordict import TensorDictBase, TensorDictParams
 from torch import Tensor, nn
 
 from nclql_torchrl.langevin import action_range
-from nclql_torchrl.value import ActionValue, EnsembleReduction, LevelValue
+from nclql_torchrl.value import ActionValue, EnsembleReduction, LevelValue, Precision
 
 LEVEL_EMBEDDING_DIM = 16
 LEVEL_HIDDEN_DIM = 32
@@ -142,6 +143,7 @@ class NoiseConditionedQNetwork(nn.Module):
         action_center: Tensor,
         action_half_range: Tensor,
         reduction: EnsembleReduction = "sum",
+        precision: Precision = "float32",
     ) -> EnsembleActionValue:
         """Q of an ensemble of such networks at fixed observations, for the sampler.
 
@@ -151,15 +153,54 @@ class NoiseConditionedQNetwork(nn.Module):
             num_levels: number of noise levels.
             action_center, action_half_range: the environment's action is ``center + half_range * normalised``.
             reduction: how the critics are combined.
+            precision: of the matrix products at every Langevin step.
         """
         return EnsembleActionValue(
-            self,
-            parameters,
+            EnsembleWeights.of(self, parameters),
             observation,
             num_levels=num_levels,
             action_center=action_center,
             action_half_range=action_half_range,
             reduction=reduction,
+            precision=precision,
+        )
+
+
+class EnsembleWeights(NamedTuple):
+    """What :class:`EnsembleActionValue` reads of an ensemble: views of the live parameters, [num_critics, ...] each."""
+
+    embed: list[tuple[Tensor, Tensor]]
+    """Weight [num_critics, outputs, inputs] and bias [num_critics, 1, outputs] of the level embedding's layers."""
+
+    trunk: list[tuple[Tensor, Tensor]]
+    """Likewise of the trunk's layers."""
+
+    level_frequencies: Tensor
+    """Shape [num_critics, 1, 8]."""
+
+    action_center: Tensor
+    """Shape [num_critics, action_dim, 1]."""
+
+    action_half_range: Tensor
+    """Shape [num_critics, 1, action_dim]."""
+
+    @classmethod
+    def of(cls, network: NoiseConditionedQNetwork, parameters: TensorDictParams | TensorDictBase) -> EnsembleWeights:
+        """Reads them from stacked parameters. Detached: neither the chain nor its caller collects their gradients."""
+
+        def layers(name: str, count: int) -> list[tuple[Tensor, Tensor]]:
+            keys = [(name, str(index)) for index in range(count)]
+            return [
+                (parameters.get((*key, "weight")).detach(), parameters.get((*key, "bias")).detach().unsqueeze(-2))
+                for key in keys
+            ]
+
+        return cls(
+            layers("embed", len(network.embed)),
+            layers("trunk", len(network.trunk)),
+            parameters.get("level_frequencies").unsqueeze(-2),
+            parameters.get("action_center").unsqueeze(-1),
+            parameters.get("action_half_range").unsqueeze(-2),
         )
 
 
@@ -172,54 +213,75 @@ class EnsembleActionValue(ActionValue):
 
     def __init__(
         self,
-        network: NoiseConditionedQNetwork,
-        parameters: TensorDictParams | TensorDictBase,
+        weights: EnsembleWeights,
         observation: Tensor,
         *,
         num_levels: int,
         action_center: Tensor,
         action_half_range: Tensor,
         reduction: EnsembleReduction,
+        precision: Precision,
     ) -> None:
+        self.weights = weights
+        self.observation = observation.detach()
+        self.num_levels = num_levels
+        self.action_center, self.action_half_range = action_center, action_half_range
         self.reduction: EnsembleReduction = reduction
+        self.precision: Precision = precision
         self.batch_shape = observation.shape[:-1]
         self.dtype, self.device = observation.dtype, observation.device
-        parameters = parameters.detach()
-        weights = [parameters.get(("trunk", str(index), "weight")) for index in range(len(network.trunk))]
-        biases = [parameters.get(("trunk", str(index), "bias")).unsqueeze(-2) for index in range(len(network.trunk))]
-        first = weights[0]
-        split = [network.observation_dim, network.action_dim, LEVEL_EMBEDDING_DIM]
+
+    @property
+    def observations(self) -> tuple[Tensor, ...]:
+        return (self.observation,)
+
+    def at_observations(self, observations: tuple[Tensor, ...]) -> EnsembleActionValue:
+        (observation,) = observations
+        return EnsembleActionValue(
+            self.weights,
+            observation,
+            num_levels=self.num_levels,
+            action_center=self.action_center,
+            action_half_range=self.action_half_range,
+            reduction=self.reduction,
+            precision=self.precision,
+        )
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        embed, trunk, *buffers = self.weights
+        return [*(tensor for layer in (*embed, *trunk) for tensor in layer), *buffers]
+
+    def levels(self) -> Callable[[int], EnsembleLevelValue]:
+        """The landscapes, with the observation's and the levels' share of the first layer computed here, once."""
+        weights = self.weights
+        (first, first_bias), *hidden, (output_weight, output_bias) = weights.trunk
+        split = [self.observation.shape[-1], self.action_center.shape[-1], LEVEL_EMBEDDING_DIM]
         observation_weight, action_weight, embedding_weight = first.split(split, dim=-1)
         # Normalised action u -> environment's action -> the critic's own normalisation: one affine map, folded here.
-        half_range = parameters.get("action_half_range")
-        scale = (action_half_range.to(first) / half_range).unsqueeze(-2)
-        shift = ((action_center.to(first) - parameters.get("action_center")) / half_range).unsqueeze(-1)
-        self.action_weight = action_weight * scale
-        bias = biases[0] + (action_weight @ shift).mT
-        self.observation_features = observation.reshape(-1, observation.shape[-1]) @ observation_weight.mT + bias
+        scale = self.action_half_range.to(first) / weights.action_half_range
+        shift = (self.action_center.to(first).unsqueeze(-1) - weights.action_center) / weights.action_half_range.mT
+        bias = first_bias + (action_weight @ shift).mT
+        observation_features = self.observation.reshape(-1, split[0]) @ observation_weight.mT + bias
 
-        levels = torch.arange(num_levels, device=self.device)
+        angle = torch.arange(self.num_levels, device=self.device).unsqueeze(-1) * weights.level_frequencies
+        embedding = torch.cat([angle.sin(), angle.cos()], -1) / LEVEL_EMBEDDING_DIM**0.5
+        (embed_weight, embed_bias), (refine_weight, refine_bias) = weights.embed
+        embedding = F.mish(torch.baddbmm(embed_bias, embedding, embed_weight.mT))
+        level_features = torch.baddbmm(refine_bias, embedding, refine_weight.mT) @ embedding_weight.mT
 
-        def embed(critic: TensorDictBase) -> Tensor:
-            with critic.to_module(network, preserve_module_state=False):
-                return network.embed_level(levels)
-
-        self.level_features = torch.vmap(embed)(parameters) @ embedding_weight.mT
-        self.weights, self.biases = weights[1:-1], biases[1:-1]
-        self.output_weight, self.output_bias = weights[-1], biases[-1]
-
-    def at_level(self, level: int) -> EnsembleLevelValue:
-        """The landscape over actions at one noise level."""
-        return EnsembleLevelValue(
-            self.observation_features + self.level_features[:, level : level + 1],
-            self.action_weight,
-            self.weights,
-            self.biases,
-            self.output_weight,
-            self.output_bias,
-            self.reduction,
-            self.batch_shape,
-        )
+        # Cast once per chain. Float64 stays: the option is about the speed of float32.
+        dtype = torch.bfloat16 if self.precision == "bfloat16" and first.dtype == torch.float32 else first.dtype
+        fixed = {
+            "action_weight": (action_weight * scale).to(dtype),
+            "weights": [weight.to(dtype) for weight, _ in hidden],
+            "biases": [bias for _, bias in hidden],
+            "output_weight": output_weight,
+            "output_bias": output_bias,
+            "reduction": self.reduction,
+            "batch_shape": self.batch_shape,
+        }
+        return lambda level: EnsembleLevelValue(observation_features + level_features[:, level : level + 1], **fixed)
 
 
 class EnsembleLevelValue(LevelValue):
@@ -227,7 +289,8 @@ class EnsembleLevelValue(LevelValue):
 
     Args:
         features: what observation and level add to the first layer, shape [num_critics, batch, hidden].
-        action_weight: the action's part of the first layer, shape [num_critics, hidden, action_dim].
+        action_weight: the action's part of the first layer, shape [num_critics, hidden, action_dim]. Its type and that
+            of ``weights`` is the type of the matrix products' operands; everything else has the type of ``features``.
         weights: the other hidden layers, each [num_critics, hidden_out, hidden_in].
         biases: likewise, each [num_critics, 1, hidden_out].
         output_weight: shape [num_critics, 1, hidden].
@@ -255,14 +318,13 @@ class EnsembleLevelValue(LevelValue):
         self.batch_shape = batch_shape
 
     def _first_layer(self, action: Tensor) -> Tensor:
-        flat = action.reshape(-1, action.shape[-1])
-        return self.features + flat @ self.action_weight.mT
+        return self.features + _product(action.reshape(1, -1, action.shape[-1]), self.action_weight.mT)
 
     def heads(self, action: Tensor) -> Tensor:
         """Every critic's value, shape [num_critics, *batch]."""
         hidden = F.mish(self._first_layer(action))
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            hidden = F.mish(torch.baddbmm(bias, hidden, weight.mT))
+            hidden = F.mish(_product(hidden, weight.mT) + bias)
         values = torch.baddbmm(self.output_bias, hidden, self.output_weight.mT).squeeze(-1)
         return values.reshape(-1, *self.batch_shape)
 
@@ -276,7 +338,7 @@ class EnsembleLevelValue(LevelValue):
         hidden, slope = mish_with_slope(self._first_layer(action))
         slopes = [slope]
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            hidden, slope = mish_with_slope(torch.baddbmm(bias, hidden, weight.mT))
+            hidden, slope = mish_with_slope(_product(hidden, weight.mT) + bias)
             slopes.append(slope)
         delta = self.output_weight * slopes[-1]
         if self.reduction == "min":
@@ -286,11 +348,16 @@ class EnsembleLevelValue(LevelValue):
             # Ties share the gradient, as torch.amin's own derivative does.
             delta = delta * (is_lowest / is_lowest.sum(0, keepdim=True))
         for weight, slope in zip(reversed(self.weights), reversed(slopes[:-1]), strict=True):
-            delta = (delta @ weight) * slope
-        gradient = (delta @ self.action_weight).sum(0)
+            delta = _product(delta, weight) * slope
+        gradient = _product(delta, self.action_weight).sum(0)
         if self.reduction == "mean":
             gradient = gradient / self.action_weight.shape[0]
         return gradient.reshape(action.shape)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Matrix product of every critic, its operands in the weight's type, its result in that of ``x``."""
+    return torch.matmul(x.to(weight.dtype), weight).to(x.dtype)
 
 
 def mish_with_slope(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from nclql_torchrl.execution import Execution, Executor
 from nclql_torchrl.schedule import NoiseSchedule
 from nclql_torchrl.value import ActionValue, action_gradient, check_choice, reduce_ensemble
 
 Boundary = Literal["clip", "reflect"]
 """What happens to a coordinate that leaves [-1, 1]: it stops at the face, or bounces back."""
-
-Execution = Literal["eager", "compile"]
-"""How a Langevin step runs: operation by operation, or fused by torch.compile."""
 
 
 class ValueAtLevel(Protocol):
@@ -88,7 +86,6 @@ def langevin_chain(
     w: Tensor | float = 500.0,
     normalize_gradient: bool = True,
     boundary: Boundary = "clip",
-    step: Callable[..., Tensor] = langevin_step,
 ) -> Tensor:
     """The annealed Langevin chain of NC-LQL (arXiv 2602.07873), a pure function: same inputs, same actions.
 
@@ -105,7 +102,6 @@ def langevin_chain(
         w: inverse temperature.
         normalize_gradient: whether to use the gradient's direction only.
         boundary: what happens at the faces of the box.
-        step: replaces :func:`langevin_step`, by its compiled form for example.
 
     Returns:
         Sampled actions in [-1, 1], shape [*batch, action_dim].
@@ -128,7 +124,9 @@ def langevin_chain(
         value = value_at_level(level)
         for index in range(steps_per_level):
             step_noise = None if noise is None else noise[level, index]
-            initial_action = step(value, initial_action, step_noise, step_size, w, normalize_gradient, boundary)
+            initial_action = langevin_step(
+                value, initial_action, step_noise, step_size, w, normalize_gradient, boundary
+            )
     return initial_action
 
 
@@ -172,10 +170,11 @@ class LangevinSampler(nn.Module):
         w: inverse temperature; a buffer, so that it can be scheduled in place.
         normalize_gradient: whether the drift uses the gradient's direction only.
         boundary: "clip" or "reflect".
-        execution: "eager" or "compile".
+        execution: how a chain runs, see :mod:`nclql_torchrl.execution`.
 
     Raises:
         ValueError: for an empty or infinite action range, ``steps_per_level < 1``, ``w <= 0`` or an unknown choice.
+        RuntimeError: where this machine lacks what ``execution`` needs.
 
     Examples:
         >>> from nclql_torchrl import NoiseConditionedQNetwork
@@ -216,7 +215,6 @@ class LangevinSampler(nn.Module):
         if not 0.0 < w < float("inf"):
             raise ValueError(f"w is {w}; expected a positive, finite inverse temperature.")
         check_choice("boundary", boundary, Boundary)
-        check_choice("execution", execution, Execution)
         center, half_range = action_range(action_low, action_high)
         self.register_buffer("action_center", center.to(torch.get_default_dtype()))
         self.register_buffer("action_half_range", half_range.to(torch.get_default_dtype()))
@@ -227,8 +225,7 @@ class LangevinSampler(nn.Module):
         self.boundary: Boundary = boundary
         self.execution: Execution = execution
         self.register_buffer("w", torch.tensor(w, dtype=torch.float64))
-        # dynamic=False: a shape that changes at run time (a smaller last batch) compiles its own fast version.
-        self._step = torch.compile(langevin_step, dynamic=False) if execution == "compile" else langevin_step
+        self._execute = Executor(LangevinSampler._chain, execution)
 
     @property
     def action_dim(self) -> int:
@@ -266,10 +263,16 @@ class LangevinSampler(nn.Module):
             initial_action = torch.zeros(shape, dtype=value.dtype, device=value.device)
         elif initial_action is None:
             initial_action = self.random_start(value)
-        if noise is None and not deterministic:
-            noise = torch.randn((*self.noise_shape, *shape), dtype=value.dtype, device=value.device)
+        if noise is None:
+            # Drawn outside of anything compiled or captured, so that it is fresh in every call. A chain without noise
+            # carries zeros: it is the same compiled program.
+            draw = torch.zeros if deterministic else torch.randn
+            noise = draw((*self.noise_shape, *shape), dtype=value.dtype, device=value.device)
+        return self._execute(self, value, initial_action, noise)
+
+    def _chain(self, value: ActionValue, initial_action: Tensor, noise: Tensor) -> Tensor:
         return langevin_chain(
-            value.at_level,
+            value.levels(),
             initial_action,
             noise,
             step_sizes=self.schedule.step_sizes,
@@ -277,7 +280,6 @@ class LangevinSampler(nn.Module):
             w=self.w.to(value.dtype),
             normalize_gradient=self.normalize_gradient,
             boundary=self.boundary,
-            step=self._step,
         )
 
     def random_start(self, value: ActionValue) -> Tensor:

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-from tensordict import TensorDictBase, TensorDictParams
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
 EnsembleReduction = Literal["sum", "mean", "min"]
 """How the critics of an ensemble are combined into the one landscape that the chain climbs."""
+
+Precision = Literal["float32", "bfloat16"]
+"""Type of the operands of the matrix products at every Langevin step; all else, and every sum, stays in the
+observation's own type. "float32" leaves that type as it is, and uses TF32 on a GPU that has it."""
 
 
 def check_choice(name: str, value: str, choices: object) -> None:
@@ -80,7 +84,7 @@ def action_gradient(value: Callable[[Tensor], Tensor], action: Tensor) -> Tensor
 
 
 class ActionValue(abc.ABC):
-    """An ensemble's Q at fixed observations. Work that no action changes is done once, on construction."""
+    """An ensemble's Q at fixed observations. It holds tensors and computes nothing until :meth:`levels` is called."""
 
     batch_shape: torch.Size
     """Shape of the batch of observations."""
@@ -92,8 +96,37 @@ class ActionValue(abc.ABC):
     """Where actions are sampled."""
 
     @abc.abstractmethod
+    def levels(self) -> Callable[[int], LevelValue]:
+        """The landscape over actions as a function of the noise level. Work that no action changes is done here, once
+        per chain."""
+
     def at_level(self, level: int) -> LevelValue:
         """The landscape over actions at one noise level."""
+        return self.levels()(level)
+
+    @property
+    @abc.abstractmethod
+    def observations(self) -> tuple[Tensor, ...]:
+        """What changes from call to call, each of shape [*batch, ...]."""
+
+    @abc.abstractmethod
+    def at_observations(self, observations: tuple[Tensor, ...]) -> ActionValue:
+        """The same critics at other observations, of any batch shape."""
+
+    @property
+    @abc.abstractmethod
+    def parameters(self) -> list[Tensor]:
+        """What stays from call to call and changes in place only, each of shape [num_critics, ...]."""
+
+    @property
+    def memory_per_state(self) -> int:
+        """Bytes that a chain needs for each of its states, an upper estimate.
+
+        A layer's activations, for all critics, are alive in several forms at once: before and after the nonlinearity,
+        its slope, and temporaries of an unfused evaluation. Eight of each cover both kinds of value here.
+        """
+        outputs = sum(matrix.shape[0] * matrix.shape[1] for matrix in self.parameters if matrix.ndim > 2)
+        return 8 * outputs * self.dtype.itemsize
 
 
 class ModuleLevelValue(LevelValue):
@@ -117,7 +150,10 @@ class ModuleLevelValue(LevelValue):
             with parameters.to_module(module, preserve_module_state=False):
                 return module(tensordict.copy()).get(value_key).squeeze(-1)
 
-        return torch.vmap(one_critic)(parent.parameters)
+        if parent.precision == "float32" or action.dtype == torch.float64:
+            return torch.vmap(one_critic)(parent.stacked)
+        with torch.autocast(action.device.type, torch.bfloat16):
+            return torch.vmap(one_critic)(parent.stacked).to(action.dtype)
 
 
 class ModuleActionValue(ActionValue):
@@ -130,6 +166,7 @@ class ModuleActionValue(ActionValue):
         inputs: the module's inputs other than action and level, batch shape [*batch].
         action_center, action_half_range: the module's actions are ``center + half_range * normalised``.
         reduction: how the critics are combined.
+        precision: "bfloat16" runs the module under autocast.
         action_key, level_key, value_key: tensordict entries.
     """
 
@@ -142,6 +179,7 @@ class ModuleActionValue(ActionValue):
         action_center: Tensor,
         action_half_range: Tensor,
         reduction: EnsembleReduction = "sum",
+        precision: Precision = "float32",
         action_key: NestedKey = "action",
         level_key: NestedKey = "level",
         value_key: NestedKey = "state_action_value",
@@ -149,9 +187,10 @@ class ModuleActionValue(ActionValue):
         self.module = module
         # Detached, so that neither the chain nor its caller collects parameter gradients. Never `.data`: it breaks
         # inside functorch under torch.compile.
-        self.parameters = parameters.detach()
+        self.stacked = parameters.detach()
         self.inputs = inputs
         self.reduction: EnsembleReduction = reduction
+        self.precision: Precision = precision
         self.action_key, self.level_key, self.value_key = action_key, level_key, value_key
         leaf = next(value for value in inputs.values(True, True) if isinstance(value, Tensor))
         self.batch_shape, self.device = inputs.batch_size, leaf.device
@@ -159,6 +198,31 @@ class ModuleActionValue(ActionValue):
         self.action_center = action_center.to(self.device, self.dtype)
         self.action_half_range = action_half_range.to(self.device, self.dtype)
 
-    def at_level(self, level: int) -> ModuleLevelValue:
-        """The landscape over actions at one noise level."""
-        return ModuleLevelValue(self, level)
+    def levels(self) -> Callable[[int], ModuleLevelValue]:
+        return lambda level: ModuleLevelValue(self, level)
+
+    @property
+    def observations(self) -> tuple[Tensor, ...]:
+        return tuple(self.inputs.values(True, True))
+
+    def at_observations(self, observations: tuple[Tensor, ...]) -> ModuleActionValue:
+        batch_ndim = observations[0].ndim - self.observations[0].ndim + len(self.batch_shape)
+        inputs = TensorDict(batch_size=observations[0].shape[:batch_ndim])
+        for key, observation in zip(self.inputs.keys(True, True), observations, strict=True):
+            inputs.set(key, observation)
+        return ModuleActionValue(
+            self.module,
+            self.stacked,
+            inputs,
+            action_center=self.action_center,
+            action_half_range=self.action_half_range,
+            reduction=self.reduction,
+            precision=self.precision,
+            action_key=self.action_key,
+            level_key=self.level_key,
+            value_key=self.value_key,
+        )
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return list(self.stacked.values(True, True))

@@ -84,6 +84,7 @@ def make_actor(
         ensemble_reduction=sampler.ensemble_reduction,  # pyright: ignore[reportArgumentType]
         boundary=sampler.boundary,  # pyright: ignore[reportArgumentType]
         execution=sampler.execution,  # pyright: ignore[reportArgumentType]
+        precision=sampler.precision,  # pyright: ignore[reportArgumentType]
         diagnostics=diagnostics,
     )
 

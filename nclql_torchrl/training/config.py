@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from envs import ENGINES
-from nclql_torchrl.langevin import Boundary, Execution
+from nclql_torchrl.execution import Execution
+from nclql_torchrl.langevin import Boundary
 from nclql_torchrl.update import UpdateMode
-from nclql_torchrl.value import EnsembleReduction
+from nclql_torchrl.value import EnsembleReduction, Precision
 
 LOGGER_BACKENDS = ("csv", "tensorboard", "wandb", "none")
 
@@ -118,7 +119,9 @@ class SamplerConfig:
     boundary: str = "clip"
     """clip or reflect at the faces of the action box."""
     execution: str = "eager"
-    """eager or compile."""
+    """eager, compile, cudagraph or auto (cudagraph on a GPU, compile on a CPU with a C++ compiler, else eager)."""
+    precision: str = "float32"
+    """float32 (TF32 where the GPU has it) or bfloat16, of the matrix products inside the sampler."""
 
 
 @dataclass
@@ -189,6 +192,7 @@ def validate(config: TrainConfig) -> None:
     choose("sampler.ensemble_reduction", config.sampler.ensemble_reduction, get_args(EnsembleReduction))
     choose("sampler.boundary", config.sampler.boundary, get_args(Boundary))
     choose("sampler.execution", config.sampler.execution, get_args(Execution))
+    choose("sampler.precision", config.sampler.precision, get_args(Precision))
     choose("logger.backend", config.logger.backend, LOGGER_BACKENDS)
 
     positive_integers = {

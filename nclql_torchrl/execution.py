@@ -1,0 +1,163 @@
+"""How a chain is executed, apart from what it computes: operation by operation, compiled, or as a CUDA graph.
+
+==============  ====================================================================================================
+``eager``       Operation by operation. Nothing to wait for; the library's default.
+``compile``     The whole chain as one compiled program (torch.compile). The first call of every batch shape compiles
+                for tens of seconds on a CPU; later processes find the result in torch's cache on disk.
+``cudagraph``   The compiled chain captured as a CUDA graph: one launch instead of hundreds.
+``auto``        ``cudagraph`` on a GPU, ``compile`` on a CPU where there is a C++ compiler, else ``eager``.
+==============  ====================================================================================================
+
+Whichever it is, the random numbers come from outside: what is compiled or captured is a deterministic function. Batches
+too large for :data:`MEMORY_LIMIT` run in several parts, one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from tensordict.nn import CudaGraphModule
+from torch import Tensor, nn
+from torchrl import torchrl_logger
+
+from nclql_torchrl.value import ActionValue, check_choice
+
+Execution = Literal["eager", "compile", "cudagraph", "auto"]
+"""How a chain runs; see the module."""
+
+Chain = Callable[[Any, ActionValue, Tensor, Tensor], Tensor]
+"""Sampler, values, start [*batch, action_dim], noise [num_levels, steps_per_level, *batch, action_dim] -> actions."""
+
+MEMORY_LIMIT = 4 * 2**30
+"""Bytes that one chain may need, by :attr:`ActionValue.memory_per_state`."""
+
+
+class Executor:
+    """Runs a sampler's chain as chosen.
+
+    What it compiles or captures stays with it; a copied or unpickled executor starts anew.
+
+    Args:
+        chain: a pure function; its first argument is the module that holds the settings.
+        execution: see the module.
+
+    Raises:
+        ValueError: for an unknown choice.
+        RuntimeError: for "cudagraph" on a machine without CUDA, and "compile" on one without CUDA and C++ compiler.
+    """
+
+    def __init__(self, chain: Chain, execution: Execution) -> None:
+        check_choice("execution", execution, Execution)
+        if execution == "cudagraph" and not torch.cuda.is_available():
+            raise RuntimeError(
+                "execution is 'cudagraph', but this machine has no CUDA device; expected 'compile', 'eager', or "
+                "'auto', which chooses what the machine can do."
+            )
+        if execution == "compile" and not torch.cuda.is_available() and not _has_cpp_compiler():
+            raise RuntimeError(
+                "execution is 'compile', but neither $CXX, g++ nor clang++ is a C++ compiler here; expected 'eager', "
+                "or 'auto', which chooses what the machine can do."
+            )
+        self.chain = chain
+        self.execution: Execution = execution
+        self._resolved: dict[str, Execution] = {}
+        self._compiled: Chain | None = None
+        self._graphs: dict[tuple[object, ...], CudaGraphModule] = {}
+
+    def __reduce__(self) -> tuple[type[Executor], tuple[Chain, Execution]]:
+        return Executor, (self.chain, self.execution)
+
+    def __call__(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> Tensor:
+        """Normalised actions, shape [*batch, action_dim]."""
+        execution = self._resolve(value.device.type)
+        run = {"eager": self.chain, "compile": self._compile, "cudagraph": self._replay}[execution]
+        with _tensor_cores(value):
+            num_states, part = value.batch_shape.numel(), max(1, MEMORY_LIMIT // value.memory_per_state)
+            if num_states <= part:
+                return run(sampler, value, start, noise)
+            return _in_parts(run, part, sampler, value, start, noise)
+
+    def _resolve(self, device: str) -> Execution:
+        """What "auto" means on a device; said once."""
+        if self.execution != "auto":
+            return self.execution
+        if device not in self._resolved:
+            if device == "cuda":
+                self._resolved[device] = "cudagraph"
+            else:
+                self._resolved[device] = "compile" if device == "cpu" and _has_cpp_compiler() else "eager"
+            torchrl_logger.info(f"execution=auto: Langevin chains on {device} run as {self._resolved[device]!r}.")
+        return self._resolved[device]
+
+    def _compile(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> Tensor:
+        if self._compiled is None:
+            chain = self.chain
+
+            def compiled_chain(sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> Tensor:
+                return chain(sampler, value, start, noise)
+
+            # torch.compile counts and limits recompilations per code object: every executor gets one of its own.
+            compiled_chain.__code__ = compiled_chain.__code__.replace()
+            # dynamic=False: a shape that changes at run time (a smaller last batch) compiles its own fast version.
+            self._compiled = torch.compile(compiled_chain, fullgraph=True, dynamic=False)
+        # The chain keeps no graph in any mode; saying so spares a second compilation outside of no_grad.
+        with torch.no_grad():
+            return self._compiled(sampler, value, start, noise)
+
+    def _replay(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> Tensor:
+        """Replays the CUDA graph of this batch shape and these parameter tensors.
+
+        Observations, start and noise are copied to where the graph reads them. The critics' parameters are read where
+        they are, so that a graph sees what the optimizer writes into them; parameters that live elsewhere (target
+        networks, reloaded ones) get a graph of their own.
+        """
+        if value.device.type != "cuda":
+            raise RuntimeError(f"execution is 'cudagraph', but the critics are on {value.device}; expected a GPU.")
+        static = (*value.parameters, *sampler.buffers())
+        key = (start.shape, start.dtype, *(tensor.data_ptr() for tensor in static))
+        if key not in self._graphs:
+
+            def capturable(start: Tensor, noise: Tensor, *observations: Tensor) -> Tensor:
+                return self._compile(sampler, value.at_observations(observations), start, noise)
+
+            self._graphs[key] = CudaGraphModule(capturable)  # pyright: ignore[reportArgumentType]
+        with torch.no_grad():
+            actions = self._graphs[key](start, noise, *(tensor.detach() for tensor in value.observations))
+        assert isinstance(actions, Tensor)
+        return actions
+
+
+def _in_parts(run: Chain, part: int, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> Tensor:
+    """Runs at most ``part`` chains at a time."""
+    batch_ndim = len(value.batch_shape)
+    observations = [tensor.reshape(-1, *tensor.shape[batch_ndim:]).split(part) for tensor in value.observations]
+    starts = start.reshape(-1, start.shape[-1]).split(part)
+    noises = noise.reshape(*noise.shape[:2], -1, noise.shape[-1]).split(part, dim=2)
+    actions = [
+        run(sampler, value.at_observations(observation), start_part, noise_part)
+        for start_part, noise_part, observation in zip(starts, noises, zip(*observations, strict=True), strict=True)
+    ]
+    return torch.cat(actions).reshape(start.shape)
+
+
+@contextlib.contextmanager
+def _tensor_cores(value: ActionValue) -> Iterator[None]:
+    """TF32 products for float32 chains on a GPU, for the length of the chain; the process's setting comes back."""
+    matmul = torch.backends.cuda.matmul
+    if value.device.type != "cuda" or matmul.allow_tf32 or torch.compiler.is_compiling():
+        yield
+        return
+    matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = False
+
+
+def _has_cpp_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
