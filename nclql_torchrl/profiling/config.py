@@ -6,14 +6,13 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
+from nclql_torchrl.execution import Execution
 from nclql_torchrl.training.config import ConfigError, choose
-
-Precision = Literal["float32", "bfloat16"]  # TODO langevin
-Execution = Literal["eager", "compile", "cudagraph", "auto"]
+from nclql_torchrl.value import Precision
 
 GRID = ("device", "precision", "execution", "particles", "states", "levels", "steps_per_level")
 """Keys that take several values; every combination of them is measured, the first key outermost."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from nclql_torchrl.critic import NoiseConditionedQNetwork
 from nclql_torchrl.schedule import NoiseSchedule
 from nclql_torchrl.training.config import SamplerConfig
+from nclql_torchrl.value import ActionValue, LevelValue
 
 
 def base_schedule(sampler: SamplerConfig) -> NoiseSchedule:
@@ -59,19 +60,19 @@ def describe_change(sampler: SamplerConfig, schedule: NoiseSchedule) -> str:
     return f"sigma_max {before:g} -> {after:.3g}"
 
 
-def nearest_levels(base: NoiseSchedule, schedule: NoiseSchedule) -> Tensor:
-    """The critic's level of nearest noise (in ratio) for every level of a schedule, shape [schedule.num_levels].
+def nearest_levels(base: NoiseSchedule, schedule: NoiseSchedule) -> list[int]:
+    """The critic's level of nearest noise (in ratio) for every level of a schedule.
 
     Args:
         base: the schedule that the critic was trained with.
         schedule: the one that samples from it.
 
     Examples:
-        >>> nearest_levels(NoiseSchedule(), NoiseSchedule(num_levels=4)).tolist()
+        >>> nearest_levels(NoiseSchedule(), NoiseSchedule(num_levels=4))
         [0, 3, 6, 9]
     """
     distance = (schedule.sigmas.log().unsqueeze(-1) - base.sigmas.log()).abs()
-    return distance.argmin(-1)
+    return distance.argmin(-1).tolist()
 
 
 class ResampledQNetwork(NoiseConditionedQNetwork):
@@ -81,24 +82,54 @@ class ResampledQNetwork(NoiseConditionedQNetwork):
     the critic's level ``critic_levels[k]``.
 
     Args:
-        critic_levels: shape [num_levels of the sampler's schedule].
+        critic_levels: the critic's level at each level of the sampler's schedule.
+        num_levels: of the critic.
         observation_dim, action_dim, hidden_sizes, options: of the critic.
-
-    Examples:
-        >>> network = ResampledQNetwork(torch.tensor([0, 9]), 3, 2, (8,))
-        >>> plain = NoiseConditionedQNetwork(3, 2, (8,))
-        >>> _ = plain.load_state_dict(network.state_dict())
-        >>> inputs = torch.zeros(1, 3), torch.zeros(1, 2)
-        >>> bool((network(*inputs, torch.tensor([1])) == plain(*inputs, torch.tensor([9]))).all())
-        True
     """
 
     def __init__(
-        self, critic_levels: Tensor, observation_dim: int, action_dim: int, hidden_sizes: Sequence[int], **options: Any
+        self,
+        critic_levels: Sequence[int],
+        num_levels: int,
+        observation_dim: int,
+        action_dim: int,
+        hidden_sizes: Sequence[int],
+        **options: Any,
     ) -> None:
         super().__init__(observation_dim, action_dim, hidden_sizes, **options)
-        self.critic_levels = critic_levels.to(self.level_frequencies.device)
+        self.critic_levels, self.num_levels = tuple(critic_levels), num_levels
 
-    def embed_level(self, level: Tensor) -> Tensor:
-        """Embedding of the critic's own levels, shape [*batch, 16]."""
-        return super().embed_level(self.critic_levels[level])
+    def action_value(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, parameters: TensorDictParams | TensorDictBase, observation: Tensor, *, num_levels: int, **options: Any
+    ) -> ResampledActionValue:
+        """Q at fixed observations, for the sampler; ``num_levels`` are the schedule's."""
+        value = super().action_value(parameters, observation, num_levels=self.num_levels, **options)
+        assert num_levels == len(self.critic_levels)
+        return ResampledActionValue(value, self.critic_levels)
+
+
+class ResampledActionValue(ActionValue):
+    """Another :class:`ActionValue` with its levels chosen anew: level ``k`` is its level ``critic_levels[k]``."""
+
+    def __init__(self, value: ActionValue, critic_levels: tuple[int, ...]) -> None:
+        self.value, self.critic_levels = value, critic_levels
+        self.batch_shape, self.dtype, self.device = value.batch_shape, value.dtype, value.device
+
+    def levels(self) -> Callable[[int], LevelValue]:
+        """The landscape over actions as a function of the schedule's level."""
+        landscape, critic_levels = self.value.levels(), self.critic_levels
+        return lambda level: landscape(critic_levels[level])
+
+    @property
+    def observations(self) -> tuple[Tensor, ...]:
+        """The critics' own."""
+        return self.value.observations
+
+    def at_observations(self, observations: tuple[Tensor, ...]) -> ResampledActionValue:
+        """The same at other observations."""
+        return ResampledActionValue(self.value.at_observations(observations), self.critic_levels)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The critics' own."""
+        return self.value.parameters

@@ -78,6 +78,7 @@ class Subject:
         """The sampler on a given schedule, with the setting's steps per level, particles and execution."""
         network = ResampledQNetwork(
             nearest_levels(base_schedule(self.sampler), schedule),
+            self.sampler.num_levels,
             self.observations.shape[-1],
             self.spec.shape[-1],
             self.hidden_sizes,
@@ -97,6 +98,7 @@ class Subject:
             ensemble_reduction=self.sampler.ensemble_reduction,  # pyright: ignore[reportArgumentType]
             boundary=self.sampler.boundary,  # pyright: ignore[reportArgumentType]
             execution=setting.execution,  # pyright: ignore[reportArgumentType]
+            precision=setting.precision,  # pyright: ignore[reportArgumentType]
             diagnostics=diagnostics,
         )
 

@@ -61,9 +61,9 @@ def test_adapting_the_first_level_distorts_least() -> None:
 
 def test_levels_read_the_critic_at_the_noise_they_have() -> None:
     base = NoiseSchedule()
-    assert nearest_levels(base, base).tolist() == list(range(10))
-    assert nearest_levels(base, NoiseSchedule(1)).tolist() == [9]
-    assert nearest_levels(base, mixing_schedule(SamplerConfig(), 3, 2)).tolist() == [6, 8, 9]
+    assert nearest_levels(base, base) == list(range(10))
+    assert nearest_levels(base, NoiseSchedule(1)) == [9]
+    assert nearest_levels(base, mixing_schedule(SamplerConfig(), 3, 2)) == [6, 8, 9]
 
 
 def test_the_critics_own_schedule_gives_the_critics_own_actions() -> None:
