@@ -105,6 +105,8 @@ class Executor:
             compiled_chain.__code__ = compiled_chain.__code__.replace()
             # dynamic=False: a shape that changes at run time (a smaller last batch) compiles its own fast version.
             self._compiled = torch.compile(compiled_chain, fullgraph=True, dynamic=False)
+        # One layout, also of dimensions of size 1: a caller's own noise and drawn noise are one compiled program.
+        start, noise = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (start, noise))
         # The chain keeps no graph in any mode; saying so spares a second compilation outside of no_grad.
         with torch.no_grad():
             return self._compiled(sampler, value, start, noise)
