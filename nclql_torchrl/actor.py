@@ -8,14 +8,16 @@ import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.nn.probabilistic import interaction_type
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
-from torchrl.data import Bounded, Composite, TensorSpec
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
+from torchrl.envs import Compose, TensorDictPrimer, Transform
 from torchrl.envs.utils import ExplorationType
 
 from nclql_torchrl.critic import NoiseConditionedQNetwork
 from nclql_torchrl.execution import Execution
-from nclql_torchrl.langevin import Boundary, LangevinSampler, best_particle
+from nclql_torchrl.kernels import Boundary, Kernel, KernelName, apply_boundary
+from nclql_torchrl.langevin import LangevinSampler, best_particle
 from nclql_torchrl.schedule import NoiseSchedule
 from nclql_torchrl.value import ActionValue, EnsembleReduction, ModuleActionValue, Precision, check_choice
 
@@ -35,6 +37,15 @@ class LangevinActor(TensorDictModuleBase):
     box; with several particles the others at points of a Sobol sequence) and carry none, so the same observation
     always gives the same action.
 
+    With ``warm_start`` a chain starts where the previous action of the same environment was, plus noise of the standard
+    deviation of ``start_level``, and visits only the levels from there on; the first chain of an episode starts as
+    described above, at the same level. The previous action travels as the hidden state of TorchRL's recurrent modules
+    does: the actor reads ``previous_action`` and ``is_init`` and writes ``("next", "previous_action")``, and the
+    environment needs an ``InitTracker`` and :meth:`make_tensordict_primer` (a ``Collector`` with
+    ``auto_register_policy_transforms=True`` adds both). A tensordict without the entry starts cold. So do the chains of
+    :class:`~nclql_torchrl.NCLQLLoss`, which then visit every level, unless the batch has ``previous_action`` under
+    "next".
+
     Args:
         qvalue_network: a critic, or a list with one module per member of the ensemble. Each maps ``observation`` keys,
             the action and, where it is noise-conditioned, an integer ``level`` to a value of shape [*batch, 1]. The
@@ -52,19 +63,26 @@ class LangevinActor(TensorDictModuleBase):
         deterministic_num_particles: likewise where exploration is off. Defaults to ``num_particles``.
         ensemble_reduction: how the critics form the drift: "sum", "mean" or "min".
         boundary: "clip" or "reflect" at the faces of the box.
+        kernel: the chain's transition: "langevin" (the authors'), "mala", "underdamped", "preconditioned", or a
+            :class:`~nclql_torchrl.kernels.Kernel` with settings of its own.
+        start_level: first noise level that chains visit when acting.
+        warm_start: whether chains start from the previous action.
         execution: "eager", "compile", "cudagraph" or "auto": how a chain runs, see :mod:`nclql_torchrl.execution`.
         precision: "float32", or "bfloat16" for matrix products of that type at every Langevin step.
         diagnostics: adds the out_keys ``gradient_norm`` (of the combined critics at the returned action),
             ``clipped_fraction`` (share of the action's coordinates on a face), ``q_before`` and ``q_after`` (lowest
-            critic at the chain's start and end), each of shape [*batch, 1], for actions in [-1, 1].
+            critic at the chain's start and end), each of shape [*batch, 1], for actions in [-1, 1]; and the kernel's
+            own: MALA's ``acceptance_rate``.
         action_key, level_key, value_key: tensordict entries of the critic; the action is written to ``action_key``.
+        previous_action_key, is_init_key: entries of ``warm_start``; actions in the environment's units.
         initial_action_key: optional input, normalised starts of shape [*batch, num_particles, action_dim].
         noise_key: optional input, standard normal noise of shape
-            [*batch, num_particles, num_levels, steps_per_level, action_dim].
+            [*batch, num_particles, num_levels - start_level, steps_per_level, noise_dim], the kernel's ``noise_dim``:
+            the action_dim, for MALA one more.
 
     Raises:
         ValueError: for an unbounded action spec, parameters without a leading ensemble dimension, no observation key,
-            or an invalid setting.
+            a ``start_level`` that the schedule does not have, or an invalid setting.
 
     Examples:
         >>> from torchrl.data import Bounded
@@ -103,12 +121,17 @@ class LangevinActor(TensorDictModuleBase):
         deterministic_num_particles: int | None = None,
         ensemble_reduction: EnsembleReduction = "sum",
         boundary: Boundary = "clip",
+        kernel: KernelName | Kernel = "langevin",
+        start_level: int = 0,
+        warm_start: bool = False,
         execution: Execution = "eager",
         precision: Precision = "float32",
         diagnostics: bool = False,
         action_key: NestedKey = "action",
         level_key: NestedKey = "level",
         value_key: NestedKey = "state_action_value",
+        previous_action_key: NestedKey = "previous_action",
+        is_init_key: NestedKey = "is_init",
         initial_action_key: NestedKey = "initial_action",
         noise_key: NestedKey = "langevin_noise",
     ) -> None:
@@ -146,11 +169,19 @@ class LangevinActor(TensorDictModuleBase):
             w=w,
             normalize_gradient=normalize_gradient,
             boundary=boundary,
+            kernel=kernel,
             execution=execution,
         ).to(leaf.device)
         # Not `.to(dtype)`: the schedule keeps its own precision.
         self.sampler.action_center = self.sampler.action_center.to(leaf.dtype)
         self.sampler.action_half_range = self.sampler.action_half_range.to(leaf.dtype)
+        if not 0 <= start_level < self.sampler.schedule.num_levels:
+            raise ValueError(
+                f"start_level is {start_level}; expected one of the schedule's levels, 0 to "
+                f"{self.sampler.schedule.num_levels - 1}."
+            )
+        self.start_level = start_level
+        self.warm_start = warm_start
         self.num_particles = num_particles
         starts = _fixed_starts(deterministic_num_particles, self.sampler.action_dim)
         self.register_buffer("deterministic_start", starts.to(leaf.device, leaf.dtype))
@@ -159,14 +190,19 @@ class LangevinActor(TensorDictModuleBase):
         self.diagnostics = diagnostics
 
         self.action_key, self.level_key, self.value_key = action_key, level_key, value_key
+        self.previous_action_key, self.is_init_key = previous_action_key, is_init_key
         self.initial_action_key, self.noise_key = initial_action_key, noise_key
         self._spec = Composite({action_key: spec})
-        self.in_keys: list[NestedKey] = [
+        self.observation_keys: list[NestedKey] = [
             key for key in self.qvalue_network.in_keys if key not in (action_key, level_key)
         ]
-        if not self.in_keys:
+        if not self.observation_keys:
             raise ValueError(f"The critic's in_keys are {self.qvalue_network.in_keys}; expected an observation too.")
-        self.out_keys: list[NestedKey] = [action_key, *(DIAGNOSTIC_KEYS if diagnostics else ())]
+        self.diagnostic_keys = (*DIAGNOSTIC_KEYS, *self.sampler.kernel.statistic_keys) if diagnostics else ()
+        carried = (previous_action_key, is_init_key) if warm_start else ()
+        self.in_keys: list[NestedKey] = [*self.observation_keys, *carried]
+        written = (unravel_key(("next", previous_action_key)),) if warm_start else ()
+        self.out_keys: list[NestedKey] = [action_key, *written, *self.diagnostic_keys]
 
     @property
     def spec(self) -> Composite:
@@ -187,16 +223,22 @@ class LangevinActor(TensorDictModuleBase):
         num_particles = self.deterministic_start.shape[0] if deterministic else self.num_particles
         value = self.action_value(tensordict, num_particles=num_particles)
         start, noise = self.explicit_randomness(tensordict, value)
-        if start is None and deterministic:
-            start = self.deterministic_start.reshape(num_particles, *(1,) * (len(value.batch_shape) - 1), -1)
-            start = start.expand(*value.batch_shape, -1)
-        elif start is None and self.diagnostics:
-            start = self.sampler.random_start(value)
-        particles = self.sampler(value, start, noise, deterministic=deterministic)
-        tensordict.set(self.action_key, self.sampler.to_environment(self.select(value, particles)))
+        if start is None:
+            if deterministic:
+                start = self.deterministic_start.reshape(num_particles, *(1,) * (len(value.batch_shape) - 1), -1)
+                start = start.expand(*value.batch_shape, -1)
+            else:
+                start = self.sampler.random_start(value)
+            start = self.warm(tensordict, start, deterministic=deterministic)
+        particles, statistics = self.sampler.sample(
+            value, start, noise, deterministic=deterministic, start_level=self.start_level
+        )
+        action = self.sampler.to_environment(self.select(value, particles))
+        tensordict.set(self.action_key, action)
+        if self.warm_start:
+            tensordict.set(("next", self.previous_action_key), action)
         if self.diagnostics:
-            assert start is not None
-            self._write_diagnostics(tensordict, value, start, particles)
+            self._write_diagnostics(tensordict, value, start, particles, statistics)
         return tensordict
 
     def action_value(
@@ -217,17 +259,17 @@ class LangevinActor(TensorDictModuleBase):
             Values over actions, batch shape [num_particles, *batch].
         """
         params = self.qvalue_network_params if params is None else params
-        inputs = tensordict.select(*self.in_keys)
+        inputs = tensordict.select(*self.observation_keys)
         inputs = inputs.expand(num_particles, *inputs.batch_size)
         network = getattr(self.qvalue_network, "module", None)
         if isinstance(network, NoiseConditionedQNetwork) and self.qvalue_network.in_keys == [
-            *self.in_keys,
+            *self.observation_keys,
             self.action_key,
             self.level_key,
         ]:
             return network.action_value(
                 params["module"],
-                inputs.get(self.in_keys[0]),
+                inputs.get(self.observation_keys[0]),
                 num_levels=self.sampler.schedule.num_levels,
                 action_center=self.sampler.action_center,
                 action_half_range=self.sampler.action_half_range,
@@ -255,10 +297,44 @@ class LangevinActor(TensorDictModuleBase):
         noise = tensordict.get(self.noise_key, None)
         batch_ndim = len(value.batch_shape) - 1
         if start is not None:
-            start = start.movedim(batch_ndim, 0)
+            # Cloned, so that its strides are those of a drawn start: a compiled chain would tell them apart.
+            start = start.movedim(batch_ndim, 0).clone(memory_format=torch.contiguous_format)
         if noise is not None:
             noise = noise.movedim((batch_ndim + 1, batch_ndim + 2, batch_ndim), (0, 1, 2))
+            noise = noise.clone(memory_format=torch.contiguous_format)
         return start, noise
+
+    def is_warm(self, tensordict: TensorDictBase) -> bool:
+        """Whether chains for this tensordict start from the previous action."""
+        return self.warm_start and tensordict.get(self.previous_action_key, None) is not None
+
+    def warm(self, tensordict: TensorDictBase, start: Tensor, *, deterministic: bool = False) -> Tensor:
+        """Replaces cold starts by the previous action and noise of ``start_level``, where there is one.
+
+        Args:
+            tensordict: batch shape [*batch].
+            start: cold normalised starts, shape [num_particles, *batch, action_dim].
+            deterministic: no noise.
+        """
+        if not self.is_warm(tensordict):
+            return start
+        warm = self.sampler.to_normalised(tensordict.get(self.previous_action_key)).expand_as(start)
+        if not deterministic:
+            sigma = self.sampler.schedule.sigmas[self.start_level].to(start.dtype)
+            warm = apply_boundary(warm + sigma * torch.randn_like(start), self.sampler.boundary)
+        is_init = tensordict.get(self.is_init_key, None)
+        return warm if is_init is None else torch.where(is_init, start, warm)
+
+    def make_tensordict_primer(self) -> Transform:
+        """The transform that an environment needs to carry the previous action; an empty one without ``warm_start``."""
+        if not self.warm_start:
+            return Compose()  # pyright: ignore[reportCallIssue]
+        spec = self.spec[self.action_key]
+        return TensorDictPrimer(
+            Composite({self.previous_action_key: Unbounded(spec.shape, device=spec.device, dtype=spec.dtype)}),
+            default_value=0.0,
+            expand_specs=True,
+        )
 
     def select(self, value: ActionValue, particles: Tensor) -> Tensor:
         """The particle whose lowest critic is highest: [num_particles, *batch, action_dim] -> [*batch, action_dim]."""
@@ -267,14 +343,20 @@ class LangevinActor(TensorDictModuleBase):
         return best_particle(particles, self.sampler.score(value, particles))
 
     def _write_diagnostics(
-        self, tensordict: TensorDictBase, value: ActionValue, start: Tensor, particles: Tensor
+        self,
+        tensordict: TensorDictBase,
+        value: ActionValue,
+        start: Tensor,
+        particles: Tensor,
+        statistics: dict[str, Tensor],
     ) -> None:
         landscape = value.at_level(self.sampler.schedule.num_levels - 1)
         q_before, q_after = landscape.heads(start).amin(0), landscape.heads(particles).amin(0)
         norm = torch.linalg.vector_norm(landscape.gradient(particles), dim=-1)
         clipped = (particles.abs() >= 1.0).to(particles.dtype).mean(-1)
         chosen = q_after.argmax(0, keepdim=True)
-        for key, entry in zip(DIAGNOSTIC_KEYS, (norm, clipped, q_before, q_after), strict=True):
+        measured = dict(zip(DIAGNOSTIC_KEYS, (norm, clipped, q_before, q_after), strict=True))
+        for key, entry in (measured | statistics).items():
             tensordict.set(key, entry.gather(0, chosen).squeeze(0).unsqueeze(-1))
 
 

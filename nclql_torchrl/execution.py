@@ -30,8 +30,9 @@ from nclql_torchrl.value import ActionValue, check_choice
 Execution = Literal["eager", "compile", "cudagraph", "auto"]
 """How a chain runs; see the module."""
 
-Chain = Callable[[Any, ActionValue, Tensor, Tensor], Tensor]
-"""Sampler, values, start [*batch, action_dim], noise [num_levels, steps_per_level, *batch, action_dim] -> actions."""
+Chain = Callable[[Any, ActionValue, Tensor, Tensor], tuple[Tensor, ...]]
+"""Sampler, values, start [*batch, action_dim], noise [num_levels, steps_per_level, *batch, noise_dim] -> actions
+[*batch, action_dim], then the kernel's statistics, each of shape [*batch]."""
 
 MEMORY_LIMIT = 4 * 2**30
 """Bytes that one chain may need, by :attr:`ActionValue.memory_per_state`."""
@@ -72,8 +73,8 @@ class Executor:
     def __reduce__(self) -> tuple[type[Executor], tuple[Chain, Execution]]:
         return Executor, (self.chain, self.execution)
 
-    def __call__(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> Tensor:
-        """Normalised actions, shape [*batch, action_dim]."""
+    def __call__(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        """Normalised actions, shape [*batch, action_dim], and statistics, [*batch] each."""
         execution = self._resolve(value.device.type)
         run = {"eager": self.chain, "compile": self._compile, "cudagraph": self._replay}[execution]
         with _tensor_cores(value):
@@ -94,11 +95,13 @@ class Executor:
             torchrl_logger.info(f"execution=auto: Langevin chains on {device} run as {self._resolved[device]!r}.")
         return self._resolved[device]
 
-    def _compile(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> Tensor:
+    def _compile(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         if self._compiled is None:
             chain = self.chain
 
-            def compiled_chain(sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> Tensor:
+            def compiled_chain(
+                sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor
+            ) -> tuple[Tensor, ...]:
                 return chain(sampler, value, start, noise)
 
             # torch.compile counts and limits recompilations per code object: every executor gets one of its own.
@@ -111,7 +114,7 @@ class Executor:
         with torch.no_grad():
             return self._compiled(sampler, value, start, noise)
 
-    def _replay(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> Tensor:
+    def _replay(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         """Replays the CUDA graph of this batch shape and these parameter tensors.
 
         Observations, start and noise are copied to where the graph reads them. The critics' parameters are read where
@@ -121,30 +124,33 @@ class Executor:
         if value.device.type != "cuda":
             raise RuntimeError(f"execution is 'cudagraph', but the critics are on {value.device}; expected a GPU.")
         static = (*value.parameters, *sampler.buffers())
-        key = (start.shape, start.dtype, *(tensor.data_ptr() for tensor in static))
+        key = (noise.shape, start.dtype, *(tensor.data_ptr() for tensor in static))
         if key not in self._graphs:
 
-            def capturable(start: Tensor, noise: Tensor, *observations: Tensor) -> Tensor:
+            def capturable(start: Tensor, noise: Tensor, *observations: Tensor) -> tuple[Tensor, ...]:
                 return self._compile(sampler, value.at_observations(observations), start, noise)
 
             self._graphs[key] = CudaGraphModule(capturable)  # pyright: ignore[reportArgumentType]
         with torch.no_grad():
-            actions = self._graphs[key](start, noise, *(tensor.detach() for tensor in value.observations))
-        assert isinstance(actions, Tensor)
-        return actions
+            outputs = self._graphs[key](start, noise, *(tensor.detach() for tensor in value.observations))
+        assert isinstance(outputs, tuple)
+        return outputs
 
 
-def _in_parts(run: Chain, part: int, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> Tensor:
+def _in_parts(
+    run: Chain, part: int, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor
+) -> tuple[Tensor, ...]:
     """Runs at most ``part`` chains at a time."""
     batch_ndim = len(value.batch_shape)
     observations = [tensor.reshape(-1, *tensor.shape[batch_ndim:]).split(part) for tensor in value.observations]
     starts = start.reshape(-1, start.shape[-1]).split(part)
     noises = noise.reshape(*noise.shape[:2], -1, noise.shape[-1]).split(part, dim=2)
-    actions = [
+    outputs = [
         run(sampler, value.at_observations(observation), start_part, noise_part)
         for start_part, noise_part, observation in zip(starts, noises, zip(*observations, strict=True), strict=True)
     ]
-    return torch.cat(actions).reshape(start.shape)
+    whole = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    return tuple(output.reshape(*value.batch_shape, *output.shape[1:]) for output in whole)
 
 
 @contextlib.contextmanager

@@ -3,77 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nclql_torchrl.execution import Execution, Executor
+from nclql_torchrl.kernels import (
+    Boundary,
+    Carry,
+    Kernel,
+    KernelName,
+    UnadjustedLangevin,
+    ValueAtLevel,
+    make_kernel,
+)
 from nclql_torchrl.schedule import NoiseSchedule
-from nclql_torchrl.value import ActionValue, action_gradient, check_choice, reduce_ensemble
+from nclql_torchrl.value import ActionValue, check_choice, reduce_ensemble
 
-Boundary = Literal["clip", "reflect"]
-"""What happens to a coordinate that leaves [-1, 1]: it stops at the face, or bounces back."""
-
-
-class ValueAtLevel(Protocol):
-    """Any differentiable Q as the chain sees it: normalised actions [*batch, action_dim] -> values [*batch]."""
-
-    def __call__(self, action: Tensor, /) -> Tensor: ...
-
-
-def apply_boundary(action: Tensor, boundary: Boundary) -> Tensor:
-    """Brings normalised actions of any shape back into [-1, 1] by clipping or by reflection at the faces.
-
-    Examples:
-        >>> apply_boundary(torch.tensor([0.5, 1.25, -3.5]), "reflect")
-        tensor([0.5000, 0.7500, 0.5000])
-    """
-    if boundary == "clip":
-        return action.clamp(-1.0, 1.0)
-    return 1.0 - ((action + 1.0).remainder(4.0) - 2.0).abs()
-
-
-def langevin_step(
-    value: ValueAtLevel,
-    action: Tensor,
-    noise: Tensor | None,
-    step_size: Tensor,
-    w: Tensor | float,
-    normalize_gradient: bool = True,
-    boundary: Boundary = "clip",
-) -> Tensor:
-    """One Langevin step on ``w Q``: ``a + step_size / 2 * w * g + sqrt(step_size) * z``, kept in the box.
-
-    ``g`` is the action gradient of the combined critics, divided by its norm over the action dimensions (plus 1e-8)
-    when ``normalize_gradient`` is set. A value that has a ``gradient`` method is asked for it; any other is
-    differentiated by ``torch.func.grad``.
-
-    Args:
-        value: the landscape at this level.
-        action: normalised actions, shape [*batch, action_dim].
-        noise: standard normal noise of the same shape, or None for a step without noise.
-        step_size: this level's step size, a scalar tensor.
-        w: inverse temperature.
-        normalize_gradient: whether to use the gradient's direction only.
-        boundary: "clip" or "reflect".
-
-    Returns:
-        The next actions, shape [*batch, action_dim].
-
-    Examples:
-        >>> value = lambda action: -(action - 0.5).square().sum(-1)
-        >>> start = torch.zeros(1, 2)
-        >>> langevin_step(value, start, None, torch.tensor(0.2), 1.0, normalize_gradient=False)
-        tensor([[0.1000, 0.1000]])
-    """
-    gradient = value.gradient(action) if hasattr(value, "gradient") else action_gradient(value, action)  # pyright: ignore
-    if normalize_gradient:
-        gradient = gradient / (torch.linalg.vector_norm(gradient, dim=-1, keepdim=True) + 1e-8)
-    action = action + (0.5 * step_size * w) * gradient
-    if noise is not None:
-        action = action + step_size.sqrt() * noise
-    return apply_boundary(action, boundary)
+UNADJUSTED = UnadjustedLangevin()
+"""The authors' kernel."""
 
 
 def langevin_chain(
@@ -86,22 +34,27 @@ def langevin_chain(
     w: Tensor | float = 500.0,
     normalize_gradient: bool = True,
     boundary: Boundary = "clip",
+    kernel: Kernel = UNADJUSTED,
+    start_level: int = 0,
 ) -> Tensor:
     """The annealed Langevin chain of NC-LQL (arXiv 2602.07873), a pure function: same inputs, same actions.
 
-    It visits the noise levels in order and takes ``steps_per_level`` steps of :func:`langevin_step` at each. With one
-    level and a constant step size it is the chain of LQL. Any differentiable Q will do; the whole batch moves at once.
+    It visits the noise levels in order and takes ``steps_per_level`` steps at each, by default
+    :func:`~nclql_torchrl.langevin_step`: ``a + step_size / 2 * w * g + sqrt(step_size) * z``. With one level and a
+    constant step size it is the chain of LQL. Any differentiable Q will do; the whole batch moves at once.
 
     Args:
         value_at_level: the landscape at noise level ``0 .. num_levels - 1``, called once per level.
         initial_action: normalised start, shape [*batch, action_dim].
-        noise: standard normal noise, shape [num_levels, steps_per_level, *batch, action_dim], or None for a
-            chain without noise.
+        noise: standard normal noise, shape [num_levels - start_level, steps_per_level, *batch, noise_dim] (the kernel's
+            ``noise_dim``: for most the action_dim), or None for a chain without noise.
         step_sizes: one step size per level, shape [num_levels].
         steps_per_level: Langevin steps at each level.
         w: inverse temperature.
         normalize_gradient: whether to use the gradient's direction only.
         boundary: what happens at the faces of the box.
+        kernel: the transition.
+        start_level: the first level visited.
 
     Returns:
         Sampled actions in [-1, 1], shape [*batch, action_dim].
@@ -119,15 +72,45 @@ def langevin_chain(
         >>> bool((actions.mean(0) - target).abs().max() < 0.01)
         True
     """
+    action, _ = kernel_chain(
+        value_at_level,
+        initial_action,
+        noise,
+        kernel,
+        step_sizes=step_sizes,
+        steps_per_level=steps_per_level,
+        w=w,
+        normalize_gradient=normalize_gradient,
+        boundary=boundary,
+        start_level=start_level,
+    )
+    return action
+
+
+def kernel_chain(
+    value_at_level: Callable[[int], ValueAtLevel],
+    action: Tensor,
+    noise: Tensor | None,
+    kernel: Kernel,
+    *,
+    step_sizes: Tensor,
+    steps_per_level: int,
+    w: Tensor | float,
+    normalize_gradient: bool,
+    boundary: Boundary,
+    start_level: int = 0,
+) -> tuple[Tensor, Carry]:
+    """:func:`langevin_chain`, with what the kernel carried to the end, for ``kernel.statistics``."""
+    carry = kernel.init(action)
     # 0-dim tensors: they neither promote the action's type nor wait for the device.
-    for level, step_size in enumerate(step_sizes.to(initial_action.dtype).unbind()):
+    sizes = step_sizes.to(action.dtype).unbind()
+    for level in range(start_level, len(sizes)):
         value = value_at_level(level)
+        carry = kernel.enter_level(value, action, carry)
         for index in range(steps_per_level):
-            step_noise = None if noise is None else noise[level, index]
-            initial_action = langevin_step(
-                value, initial_action, step_noise, step_size, w, normalize_gradient, boundary
-            )
-    return initial_action
+            step_noise = None if noise is None else noise[level - start_level, index]
+            action, carry = kernel.step(value, action, carry, step_noise, sizes[level], w, normalize_gradient, boundary)
+    return action, carry
 
 
 def best_particle(particles: Tensor, score: Tensor) -> Tensor:
@@ -170,10 +153,13 @@ class LangevinSampler(nn.Module):
         w: inverse temperature; a buffer, so that it can be scheduled in place.
         normalize_gradient: whether the drift uses the gradient's direction only.
         boundary: "clip" or "reflect".
+        kernel: the transition: "langevin" (the authors'), "mala", "underdamped", "preconditioned", or a
+            :class:`~nclql_torchrl.kernels.Kernel` with settings of its own.
         execution: how a chain runs, see :mod:`nclql_torchrl.execution`.
 
     Raises:
-        ValueError: for an empty or infinite action range, ``steps_per_level < 1``, ``w <= 0`` or an unknown choice.
+        ValueError: for an empty or infinite action range, ``steps_per_level < 1``, ``w <= 0``, an unknown choice, or
+            a kernel that cannot work with ``normalize_gradient`` or ``boundary``.
         RuntimeError: where this machine lacks what ``execution`` needs.
 
     Examples:
@@ -207,6 +193,7 @@ class LangevinSampler(nn.Module):
         w: float = 500.0,
         normalize_gradient: bool = True,
         boundary: Boundary = "clip",
+        kernel: KernelName | Kernel = "langevin",
         execution: Execution = "eager",
     ) -> None:
         super().__init__()
@@ -215,6 +202,8 @@ class LangevinSampler(nn.Module):
         if not 0.0 < w < float("inf"):
             raise ValueError(f"w is {w}; expected a positive, finite inverse temperature.")
         check_choice("boundary", boundary, Boundary)
+        self.kernel = make_kernel(kernel)
+        self.kernel.check(normalize_gradient, boundary)
         center, half_range = action_range(action_low, action_high)
         self.register_buffer("action_center", center.to(torch.get_default_dtype()))
         self.register_buffer("action_half_range", half_range.to(torch.get_default_dtype()))
@@ -232,11 +221,6 @@ class LangevinSampler(nn.Module):
         """Size of the action."""
         return self.action_center.shape[0]
 
-    @property
-    def noise_shape(self) -> tuple[int, int]:
-        """Leading shape of the noise of a chain: (num_levels, steps_per_level)."""
-        return self.schedule.num_levels, self.steps_per_level
-
     def forward(
         self,
         value: ActionValue,
@@ -244,6 +228,7 @@ class LangevinSampler(nn.Module):
         noise: Tensor | None = None,
         *,
         deterministic: bool = False,
+        start_level: int = 0,
     ) -> Tensor:
         """Runs one chain for every observation of ``value``.
 
@@ -251,36 +236,68 @@ class LangevinSampler(nn.Module):
             value: the critics at the observations to act on, batch shape [*batch].
             initial_action: normalised start, shape [*batch, action_dim]; drawn uniformly if None, or zero when
                 ``deterministic``.
-            noise: standard normal noise, shape [num_levels, steps_per_level, *batch, action_dim]; drawn if None,
-                unless ``deterministic``.
+            noise: standard normal noise, shape [num_levels - start_level, steps_per_level, *batch, noise_dim] (the
+                kernel's ``noise_dim``, for most the action_dim); drawn if None, unless ``deterministic``.
             deterministic: no noise, so that the same observation always gives the same action.
+            start_level: the first noise level visited.
 
         Returns:
             Normalised actions, shape [*batch, action_dim].
+        """
+        return self.sample(value, initial_action, noise, deterministic=deterministic, start_level=start_level)[0]
+
+    def sample(
+        self,
+        value: ActionValue,
+        initial_action: Tensor | None = None,
+        noise: Tensor | None = None,
+        *,
+        deterministic: bool = False,
+        start_level: int = 0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`forward`, with the kernel's statistics of each chain: name -> tensor of shape [*batch].
+
+        Raises:
+            ValueError: for noise of another shape than that.
         """
         shape = (*value.batch_shape, self.action_dim)
         if initial_action is None and deterministic:
             initial_action = torch.zeros(shape, dtype=value.dtype, device=value.device)
         elif initial_action is None:
             initial_action = self.random_start(value)
+        num_levels, noise_dim = self.schedule.num_levels - start_level, self.kernel.noise_dim(self.action_dim)
+        noise_shape = (num_levels, self.steps_per_level, *value.batch_shape, noise_dim)
         if noise is None:
             # Drawn outside of anything compiled or captured, so that it is fresh in every call. A chain without noise
             # carries zeros: it is the same compiled program.
             draw = torch.zeros if deterministic else torch.randn
-            noise = draw((*self.noise_shape, *shape), dtype=value.dtype, device=value.device)
-        return self._execute(self, value, initial_action, noise)
+            noise = draw(noise_shape, dtype=value.dtype, device=value.device)
+        elif noise.shape != noise_shape:
+            raise ValueError(
+                f"The noise has shape {tuple(noise.shape)}; expected {noise_shape}: levels visited, steps per level, "
+                "batch, and the kernel's noise_dim."
+            )
+        action, *statistics = self._execute(self, value, initial_action, noise)
+        return action, dict(zip(self.kernel.statistic_keys, statistics, strict=True))
 
-    def _chain(self, value: ActionValue, initial_action: Tensor, noise: Tensor) -> Tensor:
-        return langevin_chain(
+    def _chain(self, value: ActionValue, initial_action: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        """The actions, then the kernel's statistics in the order of their keys."""
+        # Said by the noise alone, so that it need not be said again to what is compiled or captured.
+        num_levels = noise.shape[0]
+        action, carry = kernel_chain(
             value.levels(),
             initial_action,
             noise,
+            self.kernel,
             step_sizes=self.schedule.step_sizes,
             steps_per_level=self.steps_per_level,
             w=self.w.to(value.dtype),
             normalize_gradient=self.normalize_gradient,
             boundary=self.boundary,
+            start_level=self.schedule.num_levels - num_levels,
         )
+        statistics = self.kernel.statistics(carry, num_levels * self.steps_per_level)
+        return action, *(statistics[key] for key in self.kernel.statistic_keys)
 
     def random_start(self, value: ActionValue) -> Tensor:
         """Uniform normalised starts for chains on ``value``, shape [*batch, action_dim]."""
@@ -291,6 +308,10 @@ class LangevinSampler(nn.Module):
         """Actions in [-1, 1] -> actions in the environment's units, shape [*batch, action_dim]."""
         return normalised_action * self.action_half_range + self.action_center
 
+    def to_normalised(self, action: Tensor) -> Tensor:
+        """Actions in the environment's units -> actions in [-1, 1], shape [*batch, action_dim]."""
+        return (action - self.action_center) / self.action_half_range
+
     def score(self, value: ActionValue, action: Tensor) -> Tensor:
         """Pessimistic noise-free value: the lowest critic at the last level, shape [*batch]."""
         return reduce_ensemble(value.at_level(self.schedule.num_levels - 1).heads(action), "min")
@@ -299,5 +320,6 @@ class LangevinSampler(nn.Module):
         """Shown by ``print(sampler)``."""
         return (
             f"steps_per_level={self.steps_per_level}, w={self.w.item():g}, "
-            f"normalize_gradient={self.normalize_gradient}, boundary={self.boundary}, execution={self.execution}"
+            f"normalize_gradient={self.normalize_gradient}, boundary={self.boundary}, kernel={self.kernel}, "
+            f"execution={self.execution}"
         )

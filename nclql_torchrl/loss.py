@@ -22,6 +22,8 @@ class NCLQLLoss(LossModule):
 
     - ``loss_qvalue`` is the squared TD error of every critic at the noise-free level. The next action is sampled by
       the actor's own chain, the target is the lowest target critic; there is no entropy term, truncation bootstraps.
+      The chain starts cold and visits every level, whatever the actor does when acting, unless the actor warm-starts
+      and the batch has the previous action under "next".
     - ``loss_noise`` teaches the noisy levels: at ``action + sigma_l z`` every critic regresses to the ensemble's mean
       value of the clean action, so that level ``l`` learns a landscape smoothed by ``sigma_l``. With one level (LQL)
       it is zero.
@@ -202,7 +204,7 @@ class NCLQLLoss(LossModule):
         return self
 
     def _set_in_keys(self) -> None:
-        observation_keys = self.actor_network.in_keys
+        observation_keys = self.actor_network.observation_keys
         keys = [
             self.tensor_keys.action,
             ("next", self.tensor_keys.reward),
@@ -338,7 +340,7 @@ class NCLQLLoss(LossModule):
         """
         actor = self.actor_network
         params = self.qvalue_network_params if params is None else params
-        inputs = tensordict.select(*actor.in_keys)
+        inputs = tensordict.select(*actor.observation_keys)
         inputs.set(actor.action_key, action)
         if actor.level_key in self.qvalue_network.in_keys:
             inputs.set(actor.level_key, level)
@@ -353,7 +355,7 @@ class NCLQLLoss(LossModule):
         next_tensordict = tensordict.get("next").copy()
         # Nothing bootstraps from a terminal state, whose observation may be NaN; 0 * NaN would poison the target.
         unused = next_tensordict.get(self.tensor_keys.done if self.skip_done_states else self.tensor_keys.terminated)
-        for key in actor.in_keys:
+        for key in actor.observation_keys:
             observation = next_tensordict.get(key)
             mask = expand_as_right(unused.squeeze(-1), observation)
             next_tensordict.set(key, torch.where(mask, torch.zeros_like(observation), observation))
@@ -361,7 +363,12 @@ class NCLQLLoss(LossModule):
         sampling_params = self.target_qvalue_network_params if self.delay_actor else self.qvalue_network_params
         value = actor.action_value(next_tensordict, sampling_params, num_particles=self.target_num_particles)
         start, noise = actor.explicit_randomness(next_tensordict, value)
-        next_action = self.sampler.to_environment(actor.select(value, self.sampler(value, start, noise)))
+        # Cold chains through every level, unless the batch carries the previous action of the next state.
+        start_level = actor.start_level if actor.is_warm(next_tensordict) else 0
+        if start is None:
+            start = actor.warm(next_tensordict, self.sampler.random_start(value))
+        particles = self.sampler(value, start, noise, start_level=start_level)
+        next_action = self.sampler.to_environment(actor.select(value, particles))
 
         level = torch.full(tensordict.batch_size, self.sampler.schedule.num_levels - 1, device=next_action.device)
         next_values = self.ensemble_values(next_tensordict, next_action, level, self.target_qvalue_network_params)

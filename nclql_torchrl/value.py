@@ -126,7 +126,7 @@ class ActionValue(abc.ABC):
         its slope, and temporaries of an unfused evaluation. Eight of each cover both kinds of value here.
         """
         outputs = sum(matrix.shape[0] * matrix.shape[1] for matrix in self.parameters if matrix.ndim > 2)
-        return 8 * outputs * self.dtype.itemsize
+        return 8 * max(1, outputs) * self.dtype.itemsize
 
 
 class ModuleLevelValue(LevelValue):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tensordict import TensorDict, TensorDictParams
 from torch import Tensor, nn
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, Composite, Unbounded
-from torchrl.envs import GymEnv, SerialEnv
+from torchrl.envs import GymEnv, SerialEnv, StepCounter, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueOperator
 
@@ -105,6 +106,25 @@ def test_diagnostics_describe_the_chain(make_actor: MakeActor) -> None:
     torch.testing.assert_close(tensordict["gradient_norm"], 2 * gradient.norm(dim=-1, keepdim=True), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("kernel", ["mala", "underdamped", "preconditioned"])
+def test_every_kernel_acts(make_actor: MakeActor, kernel: str) -> None:
+    actor = make_actor(
+        kernel=kernel, normalize_gradient=False, boundary="reflect", w=20.0, num_particles=3, diagnostics=True
+    )
+    tensordict = actor(observations(5))
+    assert tensordict["action"].shape == (5, 2) and tensordict["action"].abs().max() <= 2.0
+    if kernel == "mala":
+        assert actor.out_keys[-1] == "acceptance_rate"
+        rate = tensordict["acceptance_rate"]
+        # Of 20 steps, for the particle that was chosen.
+        assert rate.shape == (5, 1) and torch.equal(rate, (rate * 20).round() / 20) and 0 < rate.mean() < 1
+    start, noise = torch.rand(5, 3, 2), torch.randn(5, 3, 10, 2, 3 if kernel == "mala" else 2)
+    tensordict = observations(5).update({"initial_action": start, "langevin_noise": noise})
+    assert torch.equal(actor(tensordict.clone())["action"], actor(tensordict.clone())["action"])
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        assert torch.equal(actor(tensordict[:2])["action"], actor(tensordict[:2])["action"])
+
+
 def test_acts_on_the_parameters_that_the_loss_trains(make_actor: MakeActor, make_batch: Callable) -> None:
     actor, tensordict = make_actor(), observations(8)
     loss = NCLQLLoss(actor, delay_qvalue=False)
@@ -190,6 +210,71 @@ def test_compiled_execution_agrees_with_eager(make_actor: MakeActor) -> None:
         torch.testing.assert_close(action, expected, atol=1e-4, rtol=0)
     fresh = observations(6)
     assert not torch.equal(compiled(fresh.clone())["action"], compiled(fresh.clone())["action"]), "noise is fresh"
+
+
+def warm_actor(make_actor: MakeActor, **options: Any) -> LangevinActor:
+    return make_actor(start_level=9, warm_start=True, **options)
+
+
+def test_a_warm_start_continues_the_previous_action_and_a_fresh_episode_does_not(make_actor: MakeActor) -> None:
+    actor = warm_actor(make_actor, num_particles=3)
+    assert actor.in_keys == ["observation", "previous_action", "is_init"]
+    assert actor.out_keys == ["action", ("next", "previous_action")]
+    previous = (torch.rand(2000, 2) - 0.5) * 2
+    is_init = torch.zeros(2000, 1, dtype=torch.bool)
+    is_init[::2] = True
+    tensordict = actor(observations(2000).update({"previous_action": previous, "is_init": is_init}))
+    assert torch.equal(tensordict["next", "previous_action"], tensordict["action"])
+    moved = (tensordict["action"] - previous).norm(dim=-1) / 2
+    # Level 9 alone: two drifts of 0.025, two steps of noise 0.01 and the start's 0.001 in each of two dimensions; 0.05
+    # and five deviations of a coordinate, twice over.
+    assert moved[1::2].max() < 0.05 + 5 * 2**0.5 * 0.0142 * 2**0.5
+    assert moved[::2].mean() > 0.3
+    # Without the entry, and by an explicit start, it is a cold chain.
+    cold = actor(observations(2000).update({"is_init": is_init}))
+    assert (cold["action"] - previous).norm(dim=-1).mean() > 0.6
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        inputs = observations(4).update({"previous_action": previous[:4], "is_init": is_init[:4]})
+        assert torch.equal(actor(inputs.clone())["action"], actor(inputs.clone())["action"])
+
+
+def test_start_level_skips_the_levels_before_it(make_actor: MakeActor) -> None:
+    whole, short = make_actor(), make_actor(start_level=7)
+    short.load_state_dict(whole.state_dict())
+    tensordict = observations(6).update(
+        {"initial_action": torch.rand(6, 1, 2), "langevin_noise": torch.randn(6, 1, 3, 2, 2)}
+    )
+    value = whole.action_value(tensordict)
+    start, noise = whole.explicit_randomness(tensordict, value)
+    expected = whole.sampler.to_environment(whole.sampler(value, start, noise, start_level=7)[0])
+    assert torch.equal(short(tensordict)["action"], expected)
+    with pytest.raises(ValueError, match="start_level is 10; expected one of the schedule's levels, 0 to 9"):
+        make_actor(start_level=10)
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_the_previous_action_travels_through_a_collector(warm_start: bool) -> None:
+    env = SerialEnv(2, lambda: TransformedEnv(GymEnv("Pendulum-v1"), StepCounter(max_steps=5)))
+    critics = [
+        ValueOperator(NoiseConditionedQNetwork(3, 1, (16,), action_low=-2.0, action_high=2.0),
+                      in_keys=["observation", "action", "level"])
+    ]  # fmt: skip
+    actor = LangevinActor(critics, spec=env.action_spec_unbatched, start_level=8, warm_start=warm_start)
+    collector = Collector(env, actor, frames_per_batch=24, total_frames=48, auto_register_policy_transforms=True)
+    previous = torch.zeros(2, 1)
+    for batch in collector:
+        assert ("previous_action" in list(batch.keys())) == warm_start
+        if not warm_start:
+            continue
+        for step in range(12):
+            now: Any = batch[:, step]
+            # Five steps to an episode, and 12 to a batch: the second begins in the middle of one.
+            fresh = now["is_init"]
+            assert torch.equal(now["previous_action"], torch.where(fresh, torch.zeros(2, 1), previous))
+            assert torch.equal(now["next", "previous_action"], now["action"])
+            previous = now["action"]
+        assert 4 <= batch["is_init"].sum() <= 6
+    collector.shutdown()
 
 
 def test_acts_inside_a_collector() -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nclql_torchrl import LangevinSampler, NoiseSchedule, langevin_chain, langevin_step
-from nclql_torchrl.langevin import apply_boundary, best_particle
+from nclql_torchrl.kernels import apply_boundary
+from nclql_torchrl.langevin import best_particle
 from nclql_torchrl.value import action_gradient, reduce_ensemble
 
 STEP_SIZES = NoiseSchedule().step_sizes

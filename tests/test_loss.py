@@ -347,3 +347,22 @@ def test_compiles_without_graph_breaks(make_actor: MakeActor, make_batch: MakeBa
     expected = loss(batch.clone())
     output = torch.compile(loss, fullgraph=True)(batch.clone())
     assert_close(output.select(*LOSSES), expected.select(*LOSSES), rtol=1e-4, atol=1e-5)
+
+
+def test_target_chains_are_warm_only_where_the_batch_has_the_previous_action(
+    make_actor: Callable[..., LangevinActor], make_batch: Callable[..., TensorDict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = NCLQLLoss(make_actor(start_level=9, warm_start=True))
+    levels = []
+    sample = loss.sampler.sample
+    monkeypatch.setattr(
+        loss.sampler,
+        "sample",
+        lambda *args, **options: levels.append(options["start_level"]) or sample(*args, **options),
+    )
+    batch = make_batch()
+    assert not any("previous_action" in key for key in loss.in_keys)
+    loss(batch)
+    batch["next", "previous_action"] = batch["action"]
+    loss(batch)
+    assert levels == [0, 9]

@@ -16,8 +16,12 @@ from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.critic import NoiseConditionedQNetwork
 from nclql_torchrl.loss import NCLQLLoss
 from nclql_torchrl.schedule import NoiseSchedule
+from nclql_torchrl.temperature import AutomaticTemperature
 from nclql_torchrl.training.config import ConfigError, TrainConfig
 from nclql_torchrl.update import NCLQLUpdate
+
+INITIAL_W = 500.0
+"""Where ``sampler.w=auto`` starts: the authors' value."""
 
 
 def make_device(name: str) -> torch.device:
@@ -52,7 +56,7 @@ def make_actor(
         config: the run.
         env: gives the sizes and the action bounds.
         device: where the critics live.
-        loss: when given, the actor reads the critics that this loss trains; otherwise it brings fresh ones.
+        loss: when given, the actor reads the critics that this loss trains, and its w; otherwise it brings fresh ones.
         diagnostics: whether the actor also writes what its chains did.
     """
     spec = env.action_spec_unbatched
@@ -71,22 +75,34 @@ def make_actor(
         return ValueOperator(network, in_keys=["observation", "action", "level"])
 
     sampler = config.sampler
-    return LangevinActor(
+    actor = LangevinActor(
         [critic() for _ in range(config.network.num_critics)] if loss is None else loss.qvalue_network,
         None if loss is None else loss.qvalue_network_params,
         spec=spec.to(device),
         schedule=NoiseSchedule(sampler.num_levels, sampler.sigma_max, sampler.sigma_min, sampler.step_lr),
         steps_per_level=sampler.steps_per_level,
-        w=sampler.w,
+        w=INITIAL_W if isinstance(sampler.w, str) else sampler.w,
         normalize_gradient=sampler.normalize_gradient,
         num_particles=sampler.num_particles,
         deterministic_num_particles=sampler.deterministic_num_particles,
         ensemble_reduction=sampler.ensemble_reduction,  # pyright: ignore[reportArgumentType]
         boundary=sampler.boundary,  # pyright: ignore[reportArgumentType]
+        kernel=sampler.kernel,  # pyright: ignore[reportArgumentType]
+        start_level=sampler.start_level,
+        warm_start=sampler.warm_start,
         execution=sampler.execution,  # pyright: ignore[reportArgumentType]
         precision=sampler.precision,  # pyright: ignore[reportArgumentType]
         diagnostics=diagnostics,
     )
+    if loss is not None:
+        # The same tensor: it is tuned in place.
+        actor.sampler.w = loss.sampler.w
+    return actor
+
+
+def make_temperature(config: TrainConfig, actor: LangevinActor) -> AutomaticTemperature | None:
+    """What tunes w with ``sampler.w=auto``, else None."""
+    return AutomaticTemperature(actor, config.sampler.target_spread) if config.sampler.w == "auto" else None
 
 
 def make_loss(config: TrainConfig, actor: LangevinActor) -> NCLQLLoss:
@@ -120,8 +136,8 @@ def make_collector(config: TrainConfig, env: EnvBase, actor: LangevinActor, devi
         device=device,
         # Trajectory numbers cost a host synchronisation per step on a GPU, and nothing here reads them.
         track_traj_ids=False,
-        # The actor is no recurrent policy: it needs no transforms of the environment.
-        auto_register_policy_transforms=False,
+        # A warm-started actor carries its previous action, as a recurrent policy does its hidden state.
+        auto_register_policy_transforms=actor.warm_start,
     )
 
 

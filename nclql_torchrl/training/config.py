@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from envs import ENGINES
 from nclql_torchrl.execution import Execution
-from nclql_torchrl.langevin import Boundary
+from nclql_torchrl.kernels import Boundary, KernelName, make_kernel
+from nclql_torchrl.temperature import check_target_spread
 from nclql_torchrl.update import UpdateMode
 from nclql_torchrl.value import EnsembleReduction, Precision
 
@@ -104,8 +105,10 @@ class SamplerConfig:
     """Noise of the last level, likewise."""
     step_lr: float = 1e-4
     """Step size of the last level."""
-    w: float = 500.0
-    """Inverse temperature."""
+    w: int | float | str = 500.0
+    """Inverse temperature; auto starts at 500 and tunes it to target_spread."""
+    target_spread: float = 0.1
+    """With w=auto: standard deviation of the actions sampled for one state, in units of half the action range."""
     normalize_gradient: bool = True
     """Whether the drift uses the gradient's direction only."""
     num_particles: int = 1
@@ -118,6 +121,12 @@ class SamplerConfig:
     """sum, mean or min of the critics forms the drift."""
     boundary: str = "clip"
     """clip or reflect at the faces of the action box."""
+    kernel: str = "langevin"
+    """langevin (the authors'), mala (with normalize_gradient=false boundary=reflect), underdamped or preconditioned."""
+    start_level: int = 0
+    """First noise level that chains visit when acting; those of the TD target visit all."""
+    warm_start: bool = False
+    """Start acting chains from the environment's previous action plus noise of start_level."""
     execution: str = "eager"
     """eager, compile, cudagraph or auto (cudagraph on a GPU, compile on a CPU with a C++ compiler, else eager)."""
     precision: str = "float32"
@@ -191,6 +200,7 @@ def validate(config: TrainConfig) -> None:
     choose("optim.update", config.optim.update, get_args(UpdateMode))
     choose("sampler.ensemble_reduction", config.sampler.ensemble_reduction, get_args(EnsembleReduction))
     choose("sampler.boundary", config.sampler.boundary, get_args(Boundary))
+    choose("sampler.kernel", config.sampler.kernel, get_args(KernelName))
     choose("sampler.execution", config.sampler.execution, get_args(Execution))
     choose("sampler.precision", config.sampler.precision, get_args(Precision))
     choose("logger.backend", config.logger.backend, LOGGER_BACKENDS)
@@ -221,11 +231,20 @@ def validate(config: TrainConfig) -> None:
         "sampler.sigma_max": config.sampler.sigma_max,
         "sampler.sigma_min": config.sampler.sigma_min,
         "sampler.step_lr": config.sampler.step_lr,
-        "sampler.w": config.sampler.w,
     }
+    if isinstance(config.sampler.w, str):
+        if config.sampler.w != "auto":
+            raise ConfigError(f"sampler.w is {config.sampler.w!r}; expected a positive number or 'auto'.")
+    else:
+        positive_numbers["sampler.w"] = float(config.sampler.w)
     for name, value in positive_numbers.items():
         if not (math.isfinite(value) and value > 0.0):
             raise ConfigError(f"{name} is {value:g}; expected a positive, finite number.")
+    if config.sampler.w == "auto":
+        try:
+            check_target_spread(config.sampler.target_spread, config.sampler.step_lr**0.5)
+        except ValueError as error:
+            raise ConfigError(f"sampler.{error}") from None
     if not (math.isfinite(config.optim.utd_ratio) and config.optim.utd_ratio >= 0.0):
         raise ConfigError(
             f"optim.utd_ratio is {config.optim.utd_ratio:g}; expected updates per transition, at least 0."
@@ -233,11 +252,23 @@ def validate(config: TrainConfig) -> None:
     for name, value in (("gamma", config.optim.gamma), ("target_update_polyak", config.optim.target_update_polyak)):
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"optim.{name} is {value:g}; expected a number in [0, 1).")
+    if not 0 <= config.sampler.start_level < config.sampler.num_levels:
+        raise ConfigError(
+            f"sampler.start_level is {config.sampler.start_level}; expected a level, 0 to "
+            f"{config.sampler.num_levels - 1} (sampler.num_levels - 1)."
+        )
     if config.sampler.sigma_min >= config.sampler.sigma_max:
         raise ConfigError(
             f"sampler.sigma_min is {config.sampler.sigma_min:g} and sampler.sigma_max is {config.sampler.sigma_max:g}; "
             "expected sigma_min < sigma_max."
         )
+    try:
+        make_kernel(config.sampler.kernel).check(  # pyright: ignore[reportArgumentType]
+            config.sampler.normalize_gradient,
+            config.sampler.boundary,  # pyright: ignore[reportArgumentType]
+        )
+    except ValueError as error:
+        raise ConfigError(f"sampler.{error}") from None
     if not config.network.hidden_sizes or min(config.network.hidden_sizes) < 1:
         raise ConfigError(f"network.hidden_sizes is {config.network.hidden_sizes}; expected widths of at least 1.")
     if config.collector.init_random_frames < 0:

@@ -9,8 +9,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.checkpoint import Checkpoint
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules.utils import get_env_transforms_from_module
 
 from envs import make_env
 from nclql_torchrl.actor import LangevinActor
@@ -77,7 +78,9 @@ def evaluate(
         Statistics over the episodes.
     """
     device = actor.deterministic_start.device
-    env = make_env(task, episodes, engine="gymnasium", device=device, seed=seed)
+    env: EnvBase = make_env(task, episodes, engine="gymnasium", device=device, seed=seed)
+    if actor.warm_start:
+        env = TransformedEnv(env, get_env_transforms_from_module(actor))
     try:
         return evaluate_in(actor, env, gamma=gamma, reward_scale=reward_scale)
     finally:

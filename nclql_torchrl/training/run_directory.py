@@ -48,6 +48,9 @@ METRICS: tuple[str, ...] = (
     "clipped_fraction",
     "q_before",
     "q_after",
+    "acceptance_rate",
+    "w",
+    "spread",
 )
 """Columns of metrics.csv; a cell is empty where nothing was measured."""
 

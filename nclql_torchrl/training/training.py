@@ -21,7 +21,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record.loggers import Logger, get_logger
 from tqdm import tqdm
 
-from nclql_torchrl.actor import DIAGNOSTIC_KEYS, LangevinActor
+from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.training.checkpoint import (
     CollectorState,
     ReplayState,
@@ -35,6 +35,7 @@ from nclql_torchrl.training.components import (
     make_device,
     make_loss,
     make_replay_buffer,
+    make_temperature,
     make_train_env,
     make_update,
     sample,
@@ -44,6 +45,9 @@ from nclql_torchrl.training.evaluation import SEED_OFFSET, Evaluation, evaluate
 from nclql_torchrl.training.interruption import Interrupted, StopRequest
 from nclql_torchrl.training.metrics import MetricsWindow
 from nclql_torchrl.training.run_directory import RunDirectory
+
+TEMPERATURE_INTERVAL = 10
+"""Updates between two corrections of w: the critics change little in between, and chains are what costs."""
 
 
 class TrainingError(RuntimeError):
@@ -74,6 +78,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     actor = make_actor(config, env, device)
     loss = make_loss(config, actor)
     update = make_update(config, loss)
+    temperature = make_temperature(config, actor)
     collector = make_collector(config, env, actor, device)
     replay_buffer = make_replay_buffer(config, device)
     probe = make_actor(config, env, device, loss, diagnostics=True)
@@ -90,6 +95,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         rng=GlobalRNGState(),
         window=window,
     )
+    if temperature is not None:
+        checkpoint.register("temperature", temperature)
     if config.resume is None:
         run = RunDirectory.create(config)
     else:
@@ -130,8 +137,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
             # Learn: utd_ratio updates per transition after the random ones, counted exactly.
             for _ in range(updates_due(config, frames) - updates):
-                window.add_update(update(sample(replay_buffer)))
+                learned = sample(replay_buffer)
+                window.add_update(update(learned))
                 updates += 1
+                if temperature is not None and updates % TEMPERATURE_INTERVAL == 0:
+                    temperature.step(learned)
             collector.update_policy_weights_()
             bar.update(frames - previous_frames)
 
@@ -150,6 +160,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 }
                 if updates > 0:
                     row |= sampler_diagnostics(probe, replay_buffer)
+                    if temperature is not None:
+                        row |= {"w": float(actor.sampler.w), "spread": float(temperature.spread)}
                 if evaluation_due:
                     evaluation, evaluated_at = run_evaluation(config, probe), frames
                     row |= evaluation_row(evaluation)
@@ -268,7 +280,7 @@ def sampler_diagnostics(probe: LangevinActor, replay_buffer: TensorDictReplayBuf
     """What exploring chains do on a replayed batch of observations, without touching the run's random states."""
     with torch.random.fork_rng(), set_exploration_type(ExplorationType.RANDOM):
         tensordict = probe(sample(replay_buffer).select("observation"))
-    return {key: float(tensordict[key].mean()) for key in DIAGNOSTIC_KEYS}
+    return {key: float(tensordict[key].mean()) for key in probe.diagnostic_keys}
 
 
 def make_logger(config: TrainConfig, run: RunDirectory) -> Logger | None:

@@ -57,12 +57,15 @@ def record_episode(actor: LangevinActor, task: str, path: Path, seed: int) -> No
     writer = imageio_ffmpeg.write_frames(str(temporary), (width, height), fps=fps, macro_block_size=2)
     writer.send(None)
     done = False
+    carried = TensorDict({}, [])
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         while not done:
             writer.send(np.ascontiguousarray(frame))
             inputs = torch.as_tensor(observation, dtype=torch.get_default_dtype(), device=device)
-            action = actor(TensorDict({"observation": inputs}, []))["action"].cpu().numpy()
-            observation, _, terminated, truncated, _ = env.step(action)
+            tensordict = actor(carried.set("observation", inputs))
+            # A warm-started actor leaves its previous action here.
+            carried = tensordict.get("next", TensorDict({}, []))
+            observation, _, terminated, truncated, _ = env.step(tensordict["action"].cpu().numpy())
             done = terminated or truncated
             frame = np.asarray(env.render())
     writer.close()

@@ -24,6 +24,11 @@ def test_the_defaults_are_valid() -> None:
         ("optim.update=sumed", "did you mean 'summed'?"),
         ("sampler.boundary=clamp", "expected one of clip, reflect"),
         ("sampler.ensemble_reduction=max", "expected one of sum, mean, min"),
+        ("sampler.w=automatic", "sampler.w is 'automatic'; expected a positive number or 'auto'"),
+        ("sampler.w=-5", "sampler.w is -5; expected a positive"),
+        ("sampler.start_level=3", "sampler.start_level is 3; expected a level, 0 to 2"),
+        ("sampler.kernel=malla", "did you mean 'mala'?"),
+        ("sampler.kernel=mala", "sampler.normalize_gradient is True with kernel 'mala'; expected False"),
         ("sampler.execution=jit", "expected one of eager, compile, cudagraph, auto"),
         ("sampler.precision=bf16", "did you mean 'bfloat16'?"),
         ("logger.backend=tensorbord", "did you mean 'tensorboard'?"),
@@ -44,6 +49,14 @@ def test_an_impossible_value_is_an_error(tiny_config: Callable[..., TrainConfig]
     with pytest.raises(ConfigError, match=re.escape(message)):
         train(config)
     assert config.run_dir is not None and not Path(config.run_dir).exists()
+
+
+def test_a_spread_that_the_chain_cannot_have_is_an_error(tiny_config: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"sampler.target_spread is 0.01; expected a number from 0.02, twice the noise"
+    ):
+        train(tiny_config("sampler.w=auto", "sampler.target_spread=0.01"))
+    validate(tiny_config("sampler.target_spread=0.01"))
 
 
 def test_a_misspelt_key_is_an_error_with_the_nearest_one() -> None:

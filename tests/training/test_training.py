@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torchrl.envs import EnvBase
 from nclql_torchrl.training import Interrupted, RunDirectory, TrainConfig, TrainingError, components, train, training
 from nclql_torchrl.training.checkpoint import latest_checkpoint
 from nclql_torchrl.training.components import sample
+from nclql_torchrl.training.evaluation import load_policy
 from nclql_torchrl.training.training import crossed, updates_due
 
 TIMINGS = ("wall_time", "frames_per_second", "updates_per_second")
@@ -85,6 +87,19 @@ def test_a_run_leaves_what_it_promises(tiny_config: Callable[..., TrainConfig], 
     ]
 
 
+def test_w_is_tuned_logged_and_evaluated_with(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    mala = ("sampler.kernel=mala", "sampler.normalize_gradient=false", "sampler.boundary=reflect")
+    train(tiny_config("sampler.w=auto", "sampler.target_spread=0.3", *mala))
+    rows = [row for row in RunDirectory.open(tmp_path / "run").read_metrics() if "w" in row]
+    # 60 updates: 6 corrections of at most e^0.1 each.
+    assert len(rows) > 2 and rows[-1]["w"] != rows[0]["w"] and 0 < rows[-1]["spread"] < 1
+    assert 0 < rows[-1]["acceptance_rate"] <= 1
+    assert abs(math.log(rows[-1]["w"] / 500)) <= 0.6
+    actor = load_policy(tmp_path / "run", torch.device("cpu"))[1]
+    assert abs(math.log(actor.sampler.w / rows[-1]["w"])) <= 0.2
+    assert float(actor.sampler.w) != 500
+
+
 def test_the_same_seed_gives_the_same_run(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     for name in ("first", "second"):
         train(tiny_config(f"run_dir={tmp_path / name}", "collector.total_frames=120"))
@@ -92,10 +107,13 @@ def test_the_same_seed_gives_the_same_run(tiny_config: Callable[..., TrainConfig
 
 
 # 430 frames: mid-episode, mid-row, and after the replay buffer has wrapped around.
+@pytest.mark.parametrize(
+    "options", [(), ("sampler.w=auto", "sampler.warm_start=true", "sampler.start_level=1")], ids=["defaults", "carried"]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
-    arguments = ("collector.total_frames=600", "logger.log_interval=100", "logger.eval_interval=300")
+    arguments = ("collector.total_frames=600", "logger.log_interval=100", "logger.eval_interval=300", *options)
     train(tiny_config(*arguments, f"run_dir={tmp_path / 'whole'}"))
     config = tiny_config(*arguments, f"run_dir={tmp_path / 'parts'}")
     with monkeypatch.context() as patch:
