@@ -25,8 +25,9 @@ TORCH = $(shell grep '^torch==' constraints.txt)
 train: $(STAMP)
 	$(VENV)/bin/nclql-train preset=$(PRESET) $(ARGS)
 
+# A process per core, each with one thread; a file's tests stay together, because they share what was compiled.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

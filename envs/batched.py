@@ -7,7 +7,7 @@ latter to environments that have just ended, and asks the engine only for those 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,7 +15,13 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from envs.rendering import Renderer
+from envs.task import Model
+
 DONE_KEYS = ("terminated", "truncated", "done")
+
+LARGEST_NUMBER = 1e10
+"""Positions and velocities beyond it are not physics any more: MuJoCo's own limit, mjMAXVAL."""
 
 
 class Step(NamedTuple):
@@ -29,6 +35,9 @@ class Step(NamedTuple):
     """Whether the task ended, [num_envs] bool."""
     truncated: torch.Tensor
     """Whether the time limit was reached, [num_envs] bool."""
+    diverged: torch.Tensor
+    """Whether the simulation was lost to numbers that are not finite or beyond ``LARGEST_NUMBER``, [num_envs] bool.
+    Then the episode is terminated, and its last observation and reward are zeros."""
     observation: torch.Tensor
     """Where environments are now, [num_envs, observation_dim] float32; of an ended episode the next one's first."""
 
@@ -38,9 +47,13 @@ class Engine(Protocol):
 
     num_envs: int
     device: torch.device
+    model: Model
+    """The model that is simulated, a ``mujoco.MjModel``."""
     observation_dim: int
     action_low: torch.Tensor
+    """Lowest actions [action_dim]."""
     action_high: torch.Tensor
+    """Highest actions [action_dim]."""
 
     def seed(self, seed: int) -> None:
         """Fixes the initial states of all episodes from here on; those under way go on."""
@@ -53,12 +66,12 @@ class Engine(Protocol):
         """Begins new episodes where ``mask`` [num_envs] is true; returns every observation."""
         ...
 
-    def observe(self) -> torch.Tensor:
-        """Every observation [num_envs, observation_dim]."""
-        ...
-
     def set_state(self, qpos: torch.Tensor, qvel: torch.Tensor) -> torch.Tensor:
         """Begins episodes at positions [num_envs, nq] and velocities [num_envs, nv]; returns every observation."""
+        ...
+
+    def positions(self) -> torch.Tensor:
+        """Generalized positions [num_envs, nq], for rendering."""
         ...
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -72,7 +85,8 @@ class Engine(Protocol):
 class BatchedEnv(EnvBase):
     """Environments that an engine steps together.
 
-    An environment that ended and is stepped on without a reset is in its next episode.
+    An environment that ended and is stepped on without a reset is in its next episode. Beside "observation" there is
+    "diverged" [num_envs, 1]: a simulation that was lost ends its own episode, and the others go on.
 
     Args:
         engine: the simulations.
@@ -80,9 +94,9 @@ class BatchedEnv(EnvBase):
             whatever happens in the others.
 
     Examples:
-        >>> from envs.engines.mjx import MJXEngine
+        >>> from envs.engines.mujoco import MujocoEngine
         >>> from envs.tasks.half_cheetah import HalfCheetah
-        >>> env = BatchedEnv(MJXEngine(HalfCheetah(), num_envs=2))
+        >>> env = BatchedEnv(MujocoEngine(HalfCheetah(), num_envs=2))
         >>> env.reset()["observation"].shape
         torch.Size([2, 17])
     """
@@ -92,7 +106,8 @@ class BatchedEnv(EnvBase):
         super().__init__(device=engine.device, batch_size=shape)
         self._engine = engine
         observation = Unbounded(torch.Size([*shape, engine.observation_dim]), device=self.device)
-        self.observation_spec = Composite(observation=observation, shape=shape, device=self.device)
+        diverged = Binary(shape=column, dtype=torch.bool, device=self.device)
+        self.observation_spec = Composite(observation=observation, diverged=diverged, shape=shape, device=self.device)
         self.action_spec = Bounded(
             engine.action_low.expand(*shape, -1), engine.action_high.expand(*shape, -1), device=self.device
         )
@@ -102,20 +117,24 @@ class BatchedEnv(EnvBase):
             shape=shape,
             device=self.device,
         )
-        self._observation = engine.observe()
+        self._observation = torch.zeros(observation.shape, device=self.device)
         self._prepared = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        self._lost_action = torch.zeros(shape, dtype=torch.bool, pin_memory=self.device.type == "cuda")
+        self._renderer: Renderer | None = None
         self.set_seed(seed)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict["action"]
         if action.shape != self.action_spec.shape:
             raise ValueError(f"The action has shape {list(action.shape)}; expected {list(self.action_spec.shape)}.")
+        self._check_finite(action)
         step = self._engine.step(action.to(torch.float32))
         done = step.terminated | step.truncated
         self._observation, self._prepared = step.observation, done
         return TensorDict(
             {
                 "observation": step.next_observation,
+                "diverged": step.diverged.unsqueeze(-1),
                 "reward": step.reward.unsqueeze(-1),
                 "terminated": step.terminated.unsqueeze(-1),
                 "truncated": step.truncated.unsqueeze(-1),
@@ -124,6 +143,25 @@ class BatchedEnv(EnvBase):
             self.batch_size,
             device=self.device,
         )
+
+    def _check_finite(self, action: torch.Tensor) -> None:
+        """Raises ValueError for an action that is not finite; on a GPU one step late, since nobody waits for it.
+
+        There the flags travel to the host behind the step's other work, and whoever looks at "done" has waited for
+        them by the next step. Until then the environment of such an action counts as diverged.
+        """
+        lost = ~action.isfinite().all(-1)
+        if lost.device.type == "cpu":
+            self._lost_action = lost
+        if self._lost_action.any():
+            environments = self._lost_action.nonzero().flatten().tolist()
+            self._lost_action.zero_()
+            raise ValueError(
+                f"The action of environment {', '.join(map(str, environments))} is not finite; expected numbers "
+                "within the action spec's bounds (those beyond are clipped)."
+            )
+        if lost.device.type != "cpu":
+            self._lost_action.copy_(lost, non_blocking=True)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         mask = None if tensordict is None else tensordict.get("_reset", None)
@@ -143,6 +181,7 @@ class BatchedEnv(EnvBase):
     def _beginning(self) -> TensorDictBase:
         """The present observations, with no episode done; copied, since they may be handed out in parts."""
         tensordict = self.full_done_spec.zero()
+        tensordict.set("diverged", torch.zeros_like(tensordict["done"]))
         return tensordict.set("observation", self._observation.clone())
 
     def _set_seed(self, seed: int | None) -> None:
@@ -151,7 +190,7 @@ class BatchedEnv(EnvBase):
         self._prepared = torch.zeros_like(self._prepared)
 
     def set_state(self, qpos: torch.Tensor, qvel: torch.Tensor) -> TensorDictBase:
-        """Begins an episode in every environment from a given state.
+        """Begins an episode in every environment from a given state, without a warm start of the solver.
 
         Args:
             qpos: positions [num_envs, nq], in metres and radians.
@@ -166,6 +205,39 @@ class BatchedEnv(EnvBase):
         self._observation = self._engine.set_state(qpos, qvel)
         self._prepared = torch.zeros_like(self._prepared)
         return self._beginning()
+
+    def render(
+        self,
+        environments: int | Sequence[int] | None = None,
+        *,
+        width: int = 480,
+        height: int = 480,
+        camera: str | None = None,
+    ) -> torch.Tensor:
+        """What a camera sees now, as TorchRL's ``PixelRenderTransform`` and ``VideoRecorder`` want it.
+
+        Args:
+            environments: number of an environment, several numbers, or None for all.
+            width: of a frame, in pixels.
+            height: of a frame, in pixels.
+            camera: its name in the model; by default Gymnasium's choice, the one named "track" if there is one.
+
+        Returns:
+            Frames [len(environments), height, width, 3] uint8 on the CPU; of a single number [height, width, 3].
+
+        Raises:
+            IndexError: for an environment that does not exist.
+        """
+        chosen = range(self.batch_size[0]) if environments is None else environments
+        indices = [chosen] if isinstance(chosen, int) else list(chosen)
+        for index in indices:
+            if not 0 <= index < self.batch_size[0]:
+                raise IndexError(f"There is no environment {index}; expected 0 to {self.batch_size[0] - 1}.")
+        if self._renderer is None or self._renderer.view != (width, height, camera):
+            self._renderer = Renderer(self._engine.model, width, height, camera)
+        positions = self._engine.positions()
+        frames = torch.stack([self._renderer.frame(positions[index].numpy(force=True)) for index in indices])
+        return frames[0] if isinstance(chosen, int) else frames
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Everything that the future depends on but actions: tensors with the batch dimension first."""
@@ -182,5 +254,6 @@ class BatchedEnv(EnvBase):
             ValueError: if the state is of another task or another number of environments.
         """
         self._engine.load_state_dict(state_dict["engine"])
-        self._observation = state_dict["observation"].to(self._observation)
-        self._prepared = state_dict["prepared"].to(self._prepared)
+        # Copied: what is handed out is written to by whoever gets it.
+        self._observation = state_dict["observation"].to(self._observation, copy=True)
+        self._prepared = state_dict["prepared"].to(self._prepared, copy=True)

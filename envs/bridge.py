@@ -1,7 +1,8 @@
 """JAX arrays and torch tensors over the same memory, on the CPU or a CUDA device.
 
-Neither direction copies or waits for a CUDA device: DLPack orders the two libraries' streams. Shared memory asks for
-care: what was made a tensor must not be donated to a later JAX computation, and a tensor made an array must not be
+Neither direction copies, and the host waits for no CUDA device. DLPack orders the two libraries' streams: whoever takes
+an array over names its own stream, and the other makes that stream wait for what it has under way. Shared memory asks
+for care: what was made a tensor must not be donated to a later JAX computation, and a tensor made an array must not be
 written to before the JAX computation that reads it has given its results to torch.
 """
 
@@ -22,7 +23,7 @@ def to_torch(array: jax.Array) -> torch.Tensor:
         >>> to_torch(jnp.arange(3.0))
         tensor([0., 1., 2.])
     """
-    # Given the array and not its capsule, torch tells JAX on which stream it will read.
+    # Given the array and not its capsule, torch names its current stream, which JAX makes wait for the computation.
     return torch.from_dlpack(array)
 
 
@@ -51,5 +52,5 @@ def to_jax_device(device: torch.device) -> jax.Device:  # pyright: ignore[report
     except (RuntimeError, IndexError) as error:
         raise RuntimeError(
             f"JAX does not see the device {str(device)!r}; it sees {', '.join(map(str, jax.local_devices()))}. On a "
-            "machine with a GPU install JAX for CUDA (pip install 'jax[cuda12]'), or choose engine='gymnasium'."
+            "machine with a GPU install JAX for CUDA (pip install 'jax[cuda12]'), or choose engine='mujoco'."
         ) from error

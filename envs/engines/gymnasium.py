@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
+from envs.models import silent_deprecations
+
 
 class GymnasiumEnvs(SerialEnv):
     """A batch of Gymnasium environments of one id, in this process.
@@ -38,7 +40,7 @@ class GymnasiumEnvs(SerialEnv):
     def __init__(
         self, task: str, num_envs: int, *, device: torch.device | str = "cpu", seed: int = 0, **task_options: Any
     ) -> None:
-        probe = gymnasium.make(task, **task_options)
+        probe = make_quietly(task, **task_options)
         space = probe.action_space
         probe.close()
         if not isinstance(space, gymnasium.spaces.Box):
@@ -53,7 +55,7 @@ class GymnasiumEnvs(SerialEnv):
             )
 
         def make() -> EnvBase:
-            return TransformedEnv(GymWrapper(gymnasium.make(task, **task_options)), DoubleToFloat())
+            return TransformedEnv(GymWrapper(make_quietly(task, **task_options)), DoubleToFloat())
 
         super().__init__(num_envs, make, device=device)
         self.set_seed(seed)
@@ -79,6 +81,12 @@ class GymnasiumEnvs(SerialEnv):
             raise ValueError(f"The states are of {len(state_dict)} environments; expected {len(simulations)}.")
         for index, env in enumerate(simulations):
             _write_state(env, state_dict[str(index)])
+
+
+def make_quietly(task: str, **options: Any) -> gymnasium.Env:
+    """``gymnasium.make``, without MuJoCo's complaints about Gymnasium's own models."""
+    with silent_deprecations():
+        return gymnasium.make(task, **options)
 
 
 def _wrappers(env: gymnasium.Env) -> list[gymnasium.Env]:

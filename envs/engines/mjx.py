@@ -1,150 +1,49 @@
 """MuJoCo in JAX: one compiled call per control step for the whole batch, meant for GPUs.
 
-On a CPU this engine is correct but slower than Gymnasium.
+On a CPU this engine is correct but slower than the engine ``mujoco``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import os
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 # JAX would otherwise reserve most of a GPU's memory as soon as it starts, and torch needs some.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
-import mujoco
 import numpy as np
 import torch
 
-with contextlib.redirect_stdout(io.StringIO()):  # MJX prints that it found no Warp, which is not used here.
-    from mujoco import mjx
-
 from envs.batched import Step
 from envs.bridge import to_jax, to_jax_device, to_torch
-from envs.task import Task
+from envs.engines.mjx_corrections import check_version
+from envs.engines.mjx_dynamics import Dynamics, Settings, State, load_model
+from envs.engines.mjx_warp import Room, choose_room
+from envs.task import Model, Task
 
-TESTED_VERSION = "3.17"
-"""The release of mujoco-mjx whose steps were compared with Gymnasium's."""
-ALLOW_UNTESTED_VERSION = "NCLQL_ALLOW_UNTESTED_MJX"
-"""Environment variable; "1" allows any other release."""
+SOLVERS = ("gymnasium", "fast")
 
-State = dict[str, jax.Array]
-"""Of every environment: the task's ``state_fields``; "elapsed_steps", control steps of this episode; "episode", the
-number of episodes begun; "key", the environment's random key."""
-
-
-class Transition(NamedTuple):
-    """What one control step yields besides the new state: the entries of :class:`Step`, in its order."""
-
-    next_observation: jax.Array
-    reward: jax.Array
-    terminated: jax.Array
-    truncated: jax.Array
-    observation: jax.Array
-
-
-class Random:
-    """The draws of one reset, as :class:`envs.task.Random` asks for them."""
-
-    def __init__(self, key: jax.Array) -> None:
-        self.key = key
-
-    def _next_key(self) -> jax.Array:
-        self.key, key = jax.random.split(self.key)
-        return key
-
-    def uniform(self, low: float, high: float, size: int) -> jax.Array:
-        """Draws [size], uniform in [low, high)."""
-        return jax.random.uniform(self._next_key(), (size,), minval=low, maxval=high)
-
-    def standard_normal(self, size: int) -> jax.Array:
-        """Draws [size] from the standard normal distribution."""
-        return jax.random.normal(self._next_key(), (size,))
-
-
-class Dynamics:
-    """A task's transitions as compiled pure functions of a batch of states.
-
-    Args:
-        task: what to simulate.
-        device: where.
-    """
-
-    def __init__(self, task: Task, device: jax.Device) -> None:  # pyright: ignore[reportInvalidTypeForm]
-        model = mujoco.MjModel.from_xml_path(str(task.xml_path))  # pyright: ignore[reportAttributeAccessIssue]
-        if task.solver_iterations is not None:
-            model.opt.iterations, model.opt.ls_iterations = task.solver_iterations
-        self.task = task
-        self.dt = float(model.opt.timestep) * task.frame_skip
-        self.action_low, self.action_high = model.actuator_ctrlrange.astype(np.float32).T
-        self.model = mjx.put_model(model, device=device, impl="jax")
-        self.template = mjx.make_data(model, device=device, impl="jax")
-        self.step = jax.jit(self._step, donate_argnums=0)
-        self.reset = jax.jit(self._reset, donate_argnums=0)
-        self.observe = jax.jit(jax.vmap(self._observe))
-
-    def _step(self, state: State, action: jax.Array) -> tuple[State, Transition]:
-        # By default JAX multiplies matrices in TensorFloat-32 on recent GPUs: three digits are not enough for contacts.
-        with jax.default_matmul_precision("highest"):
-            return jax.vmap(self._step_one)(state, action)
-
-    def _step_one(self, state: State, action: jax.Array) -> tuple[State, Transition]:
-        before = self._physics(state | {"qpos": self.task.recentre(jnp, state["qpos"])})
-        driven = before.replace(ctrl=jnp.clip(action, self.action_low, self.action_high))
-
-        def substep(physics: Any, _: None) -> tuple[Any, None]:
-            return mjx.step(self.model, physics), None
-
-        after, _ = jax.lax.scan(substep, driven, length=self.task.frame_skip)
-        elapsed_steps = state["elapsed_steps"] + 1
-        ended = state | self._fields(after) | {"elapsed_steps": elapsed_steps}
-        terminated = self.task.terminated(jnp, after)
-        truncated = elapsed_steps >= self.task.max_episode_steps
-        state = self._select(terminated | truncated, self._begin(ended), ended)
-        transition = Transition(
-            next_observation=self.task.observe(jnp, after).astype(jnp.float32),
-            reward=jnp.float32(self.task.reward(jnp, before, after, action, self.dt)),
-            terminated=terminated,
-            truncated=truncated,
-            observation=self._observe(state),
-        )
-        return state, transition
-
-    def _reset(self, state: State, mask: jax.Array) -> tuple[State, jax.Array]:
-        state = jax.vmap(lambda state, chosen: self._select(chosen, self._begin(state), state))(state, mask)
-        return state, jax.vmap(self._observe)(state)
-
-    def _begin(self, state: State) -> State:
-        """The state at the start of the environment's next episode: a function of its key and the episode's number."""
-        random = Random(jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["episode"]))
-        qpos, qvel = self.task.reset(random, self.template.qpos, self.template.qvel)
-        return {
-            **self._fields(self.template.replace(qpos=qpos, qvel=qvel)),
-            "elapsed_steps": jnp.zeros_like(state["elapsed_steps"]),
-            "episode": state["episode"] + 1,
-            "key": state["key"],
-        }
-
-    def _observe(self, state: State) -> jax.Array:
-        return self.task.observe(jnp, self._physics(state)).astype(jnp.float32)
-
-    def _physics(self, state: State) -> Any:
-        return self.template.replace(**{name: state[name] for name in self.task.state_fields})
-
-    def _fields(self, physics: Any) -> State:
-        return {name: getattr(physics, name) for name in self.task.state_fields}
-
-    @staticmethod
-    def _select(condition: jax.Array, chosen: State, otherwise: State) -> State:
-        return {name: jnp.where(condition, chosen[name], otherwise[name]) for name in otherwise}
-
+FAST_ITERATIONS: dict[str, tuple[int, int]] = {
+    "Ant-v5": (8, 16),  # with (4, 8), one observation in twenty is off by more than 0.01
+    "HalfCheetah-v5": (4, 8),
+    "Hopper-v5": (4, 8),
+    "Humanoid-v5": (8, 16),
+    "HumanoidStandup-v5": (8, 16),
+    "InvertedDoublePendulum-v5": (4, 8),
+    "InvertedPendulum-v5": (4, 8),
+    "Pusher-v5": (8, 16),
+    "Reacher-v5": (4, 8),
+    "Swimmer-v5": (4, 8),
+    "Walker2d-v5": (8, 16),
+}
+"""``solver="fast"``: iterations of the solver and of its line search, with which float32 errs no more than with all of
+Gymnasium's (``envs/engines/mjx_parity.py``). In a batch everybody waits for the slowest: on a CPU, 256 HalfCheetahs are
+2.2 times as fast so."""
 
 # Environments of the same task share what was compiled.
 make_dynamics = functools.lru_cache(maxsize=16)(Dynamics)
@@ -153,30 +52,84 @@ make_dynamics = functools.lru_cache(maxsize=16)(Dynamics)
 class MJXEngine:
     """A batch of simulations of one task in JAX.
 
+    A step is one compiled call: physics, observation, reward, termination, time limit and the next episodes of those
+    that ended. The state stays on the device and is donated from step to step. In float32 (see ``envs/engines/
+    mjx_parity.py`` for how far a step is from Gymnasium's) the agent is moved back to the origin of its track before
+    every step where the observation does not tell; :meth:`positions` has it where it is.
+
+    A model with the solver PGS, which MJX lacks, is solved by Newton's method. Contacts of steep capsules with the
+    ground are corrected (``envs/engines/mjx_corrections.py``), but not those of Warp, whose friction acts along other
+    axes there: with it Ant and the humanoids differ from Gymnasium's at such contacts.
+
     Args:
         task: what to simulate.
         num_envs: simulations in the batch.
         device: where; "cuda" needs JAX for CUDA.
+        impl: "jax", or "warp" for MuJoCo Warp on NVIDIA GPUs, which needs the extra ``warp``.
+        solver: how many iterations the constraint solver may take, and its line search in each: "gymnasium" has those
+            of the task's model, "fast" as few as leave the accuracy of float32, or a pair of numbers. With "warp" fewer
+            iterations were not measured.
+        dtype: torch.float32, or torch.float64 for comparisons with MuJoCo; observations and rewards are of it too.
+        max_contacts: contacts that "warp" has room for, per environment on average; by default the task's.
+        max_constraints: rows of constraints that "warp" has room for in each environment; by default the task's.
+        allow_untested_version: whether other releases of mujoco and mujoco-mjx are used than those whose physics was
+            compared with Gymnasium's.
 
     Raises:
-        RuntimeError: if JAX does not see the device, or mujoco-mjx is of an untested release.
+        RuntimeError: if JAX does not see the device, mujoco or mujoco-mjx is of an untested release, or there is no
+            Warp.
+        NotImplementedError: if MJX cannot simulate the task's model.
+        ValueError: for an unknown ``impl``, ``solver`` or ``dtype``, or buffer sizes without "warp" or below 1.
+
+    Examples:
+        >>> from envs.tasks.reacher import Reacher
+        >>> engine = MJXEngine(Reacher(), num_envs=3)
+        >>> engine.step(torch.zeros(3, 2)).next_observation.shape
+        torch.Size([3, 10])
     """
 
-    def __init__(self, task: Task, num_envs: int, *, device: torch.device | str = "cpu") -> None:
-        check_version()
+    def __init__(
+        self,
+        task: Task,
+        num_envs: int,
+        *,
+        device: torch.device | str = "cpu",
+        impl: str = "jax",
+        solver: str | tuple[int, int] = "gymnasium",
+        dtype: torch.dtype = torch.float32,
+        max_contacts: int | None = None,
+        max_constraints: int | None = None,
+        allow_untested_version: bool = False,
+    ) -> None:
+        check_version(allow_untested_version)
         use_compilation_cache()
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype is {dtype}; expected torch.float32 or torch.float64.")
+        self.task = task
         self.num_envs = num_envs
         self.device = torch.device(device)
         self._jax_device = to_jax_device(self.device)
-        self._dynamics = make_dynamics(task, self._jax_device)
-        self.action_low = torch.from_numpy(self._dynamics.action_low)
-        self.action_high = torch.from_numpy(self._dynamics.action_high)
-        template = {name: getattr(self._dynamics.template, name) for name in task.state_fields}
-        batch = {name: np.stack([np.asarray(value)] * num_envs) for name, value in template.items()}
-        counters = {name: np.zeros(num_envs, np.int32) for name in ("elapsed_steps", "episode")}
-        self._state = self._put({**batch, **counters, "key": np.zeros((num_envs, 2), np.uint32)})
+        self._room = choose_room(task, impl, max_contacts, max_constraints)
+        if self._room is not None and dtype != torch.float32:
+            raise ValueError(f"dtype is {dtype}; expected torch.float32 with impl='warp', which has no other.")
+        iterations, ls_iterations = choose_iterations(task, solver)
+        self._dynamics = make_dynamics(
+            task,
+            Settings(
+                device=self._jax_device,
+                float64=dtype == torch.float64,
+                iterations=iterations,
+                ls_iterations=ls_iterations,
+                warp=self._room and Room(self._room.contacts * num_envs, self._room.constraints),
+            ),
+        )
+        self.model: Model = self._dynamics.model
+        low, high = self.model.actuator_ctrlrange.astype(np.float32).T
+        self.action_low, self.action_high = torch.from_numpy(low.copy()), torch.from_numpy(high.copy())
+        self._state = self._put(self._dynamics.initial_state(num_envs))
+        self.observation_dim = self._state["observation"].shape[-1]
+        self._overflow: Any = None
         self.seed(0)
-        self.observation_dim = self.observe().shape[-1]
 
     def seed(self, seed: int) -> None:
         """Fixes the initial states of all episodes from here on; those under way go on."""
@@ -184,7 +137,7 @@ class MJXEngine:
 
     def _keys(self, seed: int) -> torch.Tensor:
         """Random keys [num_envs, 2] that follow from ``seed``, one per simulation."""
-        with jax.default_device(self._jax_device):
+        with jax.default_device(self._jax_device), jax.enable_x64(False):
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(self.num_envs))
         # Keys are uint32, which few things in torch can handle: int32 has the same bits.
         return torch.from_numpy(np.array(jax.random.key_data(keys)).view(np.int32))
@@ -193,19 +146,37 @@ class MJXEngine:
         """One control step; environments that end begin their next episode in the same call.
 
         Args:
-            action: [num_envs, action_dim], clipped to the actuators' range before it drives them.
+            action: [num_envs, action_dim] float32, clipped by MuJoCo to the actuators' range.
+
+        Raises:
+            RuntimeError: if one of Warp's buffers was too small in an earlier step.
         """
-        self._state, transition = self._dynamics.step(self._state, to_jax(action))
+        self._check_overflow()
+        # Kept until torch's stream waits for the step: torch might give its memory to somebody else before.
+        array = to_jax(action)
+        self._state, transition, overflow = self._dynamics.step(self._state, array)
+        if self._room is not None:
+            overflow.copy_to_host_async()
+            self._overflow = overflow
         return Step(*map(to_torch, transition))
+
+    def _check_overflow(self) -> None:
+        """Raises if a step that is done already lost contacts; waits for none. What overflowed once stays so."""
+        if self._overflow is None or not self._overflow.is_ready() or not self._overflow:
+            return
+        assert self._room is not None
+        raise RuntimeError(
+            f"Warp has room for {self._room.contacts * self.num_envs} contacts of {self.num_envs} environments of "
+            f"{self.task.name} and {self._room.constraints} constraint rows in each, and there were more, so that "
+            f"steps went wrong. Raise max_contacts beyond {self._room.contacts} or max_constraints beyond "
+            f"{self._room.constraints} (engine_options)."
+        )
 
     def reset(self, mask: torch.Tensor) -> torch.Tensor:
         """Begins new episodes where ``mask`` [num_envs] is true; returns every observation."""
-        self._state, observation = self._dynamics.reset(self._state, to_jax(mask))
+        array = to_jax(mask)
+        self._state, observation = self._dynamics.reset(self._state, array)
         return to_torch(observation)
-
-    def observe(self) -> torch.Tensor:
-        """Every environment's observation [num_envs, observation_dim]."""
-        return to_torch(self._dynamics.observe(self._state))
 
     def set_state(self, qpos: torch.Tensor, qvel: torch.Tensor) -> torch.Tensor:
         """Begins episodes at positions [num_envs, nq] and velocities [num_envs, nv]; returns every observation.
@@ -213,12 +184,15 @@ class MJXEngine:
         Raises:
             ValueError: for another shape.
         """
-        start = {name: torch.zeros_like(value) for name, value in self.state_dict().items()}
-        self._write(
-            {name: start[name] for name in (*self._dynamics.task.state_fields, "elapsed_steps")}
-            | {"qpos": qpos, "qvel": qvel}
-        )
-        return self.observe()
+        arrays = {name: self._array(name, value) for name, value in (("qpos", qpos), ("qvel", qvel))}
+        self._state, observation = self._dynamics.set_state(self._state, *self._put(arrays).values())
+        return to_torch(observation)
+
+    def positions(self) -> torch.Tensor:
+        """Generalized positions [num_envs, nq], on the CPU."""
+        qpos = np.array(self._state["qpos"])
+        qpos[:, list(self.task.track)] += np.asarray(self._state["origin"])
+        return torch.from_numpy(qpos)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The whole state, random keys included, copied to the CPU; each tensor has the batch dimension first."""
@@ -238,31 +212,46 @@ class MJXEngine:
         self._write(state)
 
     def _write(self, state: Mapping[str, torch.Tensor]) -> None:
-        arrays: dict[str, np.ndarray] = {}
-        for name, value in state.items():
-            current = self._state[name]
-            array = value.detach().cpu().numpy()
-            if array.shape != current.shape:
-                raise ValueError(f"{name!r} has shape {list(array.shape)}; expected {list(current.shape)}.")
-            arrays[name] = array.view(np.uint32) if name == "key" else array.astype(current.dtype)
-        self._state = self._state | self._put(arrays)
+        self._state = self._state | self._put({name: self._array(name, value) for name, value in state.items()})
+
+    def _array(self, name: str, value: torch.Tensor) -> np.ndarray:
+        """An entry of the state, on the host.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        current, array = self._state[name], value.numpy(force=True)
+        if array.shape != current.shape:
+            raise ValueError(f"{name!r} has shape {list(array.shape)}; expected {list(current.shape)}.")
+        return array.view(np.uint32) if name == "key" else array.astype(current.dtype)
 
     def _put(self, arrays: Mapping[str, np.ndarray]) -> State:
         # Copied, because the state is donated to the next step, which may write its results over it.
-        return {
-            name: jax.device_put(np.array(array), self._jax_device, may_alias=False) for name, array in arrays.items()
-        }
+        with jax.enable_x64(True):
+            return {
+                name: jax.device_put(np.array(array), self._jax_device, may_alias=False)
+                for name, array in arrays.items()
+            }
 
 
-def check_version() -> None:
-    """Raises RuntimeError unless mujoco-mjx is of the tested release, or the user allowed any other."""
-    found = version("mujoco-mjx")
-    if found.startswith(f"{TESTED_VERSION}.") or os.environ.get(ALLOW_UNTESTED_VERSION) == "1":
-        return
-    raise RuntimeError(
-        f"mujoco-mjx is {found}; expected {TESTED_VERSION}.x, whose physics was compared with Gymnasium's. Install it "
-        f"(pip install 'mujoco-mjx=={TESTED_VERSION}.*'), or set {ALLOW_UNTESTED_VERSION}=1 to use this one."
-    )
+def choose_iterations(task: Task, solver: str | tuple[int, int]) -> tuple[int, int]:
+    """Iterations of the constraint solver and of its line search.
+
+    Raises:
+        ValueError: for an unknown ``solver``, or "fast" for a task with which it was not measured.
+    """
+    if solver == "gymnasium":
+        option = load_model(task).opt
+        return option.iterations, option.ls_iterations
+    if solver == "fast":
+        if task.name not in FAST_ITERATIONS:
+            raise ValueError(
+                f"solver='fast' was not measured for {task.name}; expected a pair of numbers, such as solver=(8, 16)."
+            )
+        return FAST_ITERATIONS[task.name]
+    if isinstance(solver, str) or len(solver) != 2 or min(solver) < 1:
+        raise ValueError(f"solver is {solver!r}; expected 'gymnasium', 'fast', or two numbers of at least 1.")
+    return solver[0], solver[1]
 
 
 def use_compilation_cache() -> None:

@@ -68,6 +68,7 @@ def _evaluate(composed: DictConfig) -> None:
         seed=seed,
         gamma=config.optim.gamma,
         reward_scale=config.optim.reward_scale,
+        task_options=config.env.task_options,
     )
     print(
         f"{task}: return {result.mean:.1f} ± {result.std:.1f} over {options.episodes} episodes, mean length "
@@ -76,7 +77,7 @@ def _evaluate(composed: DictConfig) -> None:
     )
     if options.video:
         path = _run_directory(Path(options.checkpoint)) / "video.mp4"
-        record_episode(actor, task, path, seed)
+        record_episode(actor, task, path, seed, config.env.task_options)
         print(f"video: {path}")
 
 

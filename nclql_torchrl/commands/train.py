@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchrl.checkpoint import CheckpointError
 
 from nclql_torchrl.training import Interrupted, RunDirectory, TrainConfig, TrainingError, train
-from nclql_torchrl.training.config import RESUMABLE_KEYS, ConfigError, check_override_keys, load_config
+from nclql_torchrl.training.config import OPEN_NAMES, RESUMABLE_KEYS, ConfigError, check_override_keys, load_config
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
 
@@ -25,6 +25,8 @@ def main() -> None:
         check_override_keys(sys.argv[1:])
     except ConfigError as error:
         sys.exit(f"nclql-train: {error}")
+    # Hydra would ask for the prefix itself where a name is not in the schema.
+    sys.argv[1:] = [f"++{argument}" if argument.startswith(OPEN_NAMES) else argument for argument in sys.argv[1:]]
     # TorchRL reports every buffer that it allocates; the progress bar is what a user wants to see.
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     _hydra_main()

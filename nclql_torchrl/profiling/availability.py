@@ -11,9 +11,10 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._triton import has_triton
 
+from nclql_torchrl.kernels import make_kernel
 from nclql_torchrl.profiling.config import Setting
 from nclql_torchrl.training.components import make_device
-from nclql_torchrl.training.config import ConfigError
+from nclql_torchrl.training.config import ConfigError, SamplerConfig
 
 
 def split(settings: Iterable[Setting]) -> tuple[list[Setting], list[dict[str, str]]]:
@@ -54,3 +55,18 @@ def unavailable(execution: str, device: torch.device) -> str | None:
         except InvalidCxxCompiler:
             return "torch.compile needs a C++ compiler on a CPU; install g++ or name one in CXX."
     return None
+
+
+def with_kernels(settings: Iterable[Setting], sampler: SamplerConfig) -> tuple[list[Setting], list[dict[str, str]]]:
+    """Settings with ``kernel=auto`` resolved; and the kernels that cannot work with the run's other settings."""
+    runnable: dict[Setting, None] = {}
+    skipped: dict[str, str] = {}
+    for setting in settings:
+        kernel = sampler.kernel if setting.kernel == "auto" else setting.kernel
+        try:
+            make_kernel(kernel).check(sampler.normalize_gradient, sampler.boundary)  # pyright: ignore[reportArgumentType]
+        except ValueError as error:
+            skipped[f"kernel {kernel}"] = str(error)
+        else:
+            runnable[replace(setting, kernel=kernel)] = None
+    return list(runnable), [{"setting": name, "reason": reason} for name, reason in skipped.items()]

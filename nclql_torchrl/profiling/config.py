@@ -11,10 +11,11 @@ from typing import get_args
 import torch
 
 from nclql_torchrl.execution import Execution
+from nclql_torchrl.kernels import Boundary, KernelName
 from nclql_torchrl.training.config import ConfigError, choose
 from nclql_torchrl.value import Precision
 
-GRID = ("device", "precision", "execution", "particles", "states", "levels", "steps_per_level")
+GRID = ("device", "precision", "execution", "kernel", "particles", "states", "levels", "steps_per_level")
 """Keys that take several values; every combination of them is measured, the first key outermost."""
 
 
@@ -36,6 +37,8 @@ class ProfileConfig:
     """States that one call acts on."""
     particles: list[int] = field(default_factory=lambda: [1])
     """Chains per state, of which the best is kept."""
+    kernel: list[str] = field(default_factory=lambda: ["auto"])
+    """auto (the run's own, or the authors' langevin), langevin, mala, underdamped or preconditioned."""
     execution: list[str] = field(default_factory=lambda: ["eager", "compile", "cudagraph"])
     """eager, compile, cudagraph or auto; what this machine cannot run is named and skipped."""
     precision: list[str] = field(default_factory=lambda: ["float32"])
@@ -54,6 +57,10 @@ class ProfileConfig:
     """Of the untrained ensemble."""
     w: float | None = None
     """Inverse temperature; null: the run's own, or the authors' 500."""
+    normalize_gradient: bool | None = None
+    """Whether the drift uses the gradient's direction only; null: as the run does, or true."""
+    boundary: str | None = None
+    """clip or reflect; null: as the run does, or clip."""
     repetitions: int = 20
     """Timed calls of each setting."""
     quality_states: int = 256
@@ -83,6 +90,7 @@ class Setting:
     execution: str
     precision: str
     device: str
+    kernel: str = "langevin"
 
     @property
     def langevin_steps(self) -> int:
@@ -116,6 +124,10 @@ def validate(config: ProfileConfig) -> None:
     _at_least("episodes", config.episodes, 0)
     for execution in config.execution:
         choose("execution", execution, get_args(Execution))
+    for kernel in config.kernel:
+        choose("kernel", kernel, ("auto", *get_args(KernelName)))
+    if config.boundary is not None:
+        choose("boundary", config.boundary, get_args(Boundary))
     for precision in config.precision:
         choose("precision", precision, get_args(Precision))
     for device in config.device:

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 # Okabe and Ito's colours, told apart by colour-blind readers too, the darkest first; markers say the same again.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-SERIES = ("run", "device", "execution", "precision", "states", "particles")
+SERIES = ("run", "device", "execution", "precision", "kernel", "states", "particles")
 """What tells one line from another; those that are the same everywhere go into the title."""
 
 STYLE = {

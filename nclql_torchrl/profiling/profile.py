@@ -20,7 +20,7 @@ from nclql_torchrl.profiling.figure import draw
 from nclql_torchrl.profiling.quality import Reference, critic_quality, make_reference, target_quality
 from nclql_torchrl.profiling.schedules import describe_change
 from nclql_torchrl.profiling.subject import Subject, make_subject
-from nclql_torchrl.profiling.timing import ROUNDS, first_call, peak_memory, percentile, time_calls
+from nclql_torchrl.profiling.timing import ROUNDS, WARM_UP_CALLS, peak_memory, percentile, time_calls, warm_up
 from nclql_torchrl.training.evaluation import SEED_OFFSET, evaluate
 
 Row = dict[str, Any]
@@ -50,19 +50,21 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
     path = Path(config.run_dir) if config.run_dir else Path("runs", f"profile-{datetime.now():%Y%m%d-%H%M%S}")
     report.read(path)  # what cannot be appended to is an error now, not after the measurement
     runnable, skipped = availability.split(settings(config))
-    if not runnable:
+    subject = None
+    if runnable:
+        torch.manual_seed(config.seed)
+        subject = make_subject(config, torch.device(runnable[0].device))
+        runnable, impossible = availability.with_kernels(runnable, subject.sampler)
+        skipped += impossible
+    if subject is None or not runnable:
         reasons = "; ".join(f"{entry['setting']}: {entry['reason']}" for entry in skipped)
         raise NothingToMeasure(f"Nothing to measure. {reasons}")
 
-    torch.manual_seed(config.seed)
-    subject = make_subject(config, torch.device(runnable[0].device))
     reference = make_reference(subject, config.reference_steps, config.quality_chains)
     trace = _trace_path(config.trace, path)
     rows: list[Row] = []
     steps = len(runnable) * (2 + min(ROUNDS, config.repetitions))
-    # The first call of each setting compiles it, so no limit on compiled versions may turn one of them back to eager.
-    unlimited = torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)  # pyright: ignore
-    with tqdm(total=steps, desc="profile", dynamic_ncols=True) as bar, unlimited:
+    with tqdm(total=steps, desc="profile", dynamic_ncols=True) as bar:
         for block in _blocks(runnable):
             on_device = subject.to(torch.device(block[0].device))
             rows += _measure(block, on_device, reference, config, None if rows else trace, skipped, bar)
@@ -116,7 +118,7 @@ def _measure(
         actor = subject.actor(setting)
         call = partial(_act, actor, subject.states(setting.states))
         try:
-            working.append((setting, actor, call, first_call(call, device, cold=setting.execution != "eager")))
+            working.append((setting, actor, call, warm_up(call, device)))
         except RuntimeError as error:
             skipped.append({"setting": _name(setting), "reason": str(error).splitlines()[0]})
         bar.update()
@@ -126,6 +128,8 @@ def _measure(
     for (setting, actor, call, seconds), milliseconds in zip(working, timed, strict=True):
         bar.set_postfix_str(f"quality of {_name(setting)}")
         schedule = actor.sampler.schedule
+        # A larger batch than the timed one is quicker, but would have to be compiled too.
+        batch = max(setting.states, config.quality_states) if setting.execution == "eager" else setting.states
         median = percentile(milliseconds, 50)
         rows.append(
             asdict(setting)
@@ -137,12 +141,12 @@ def _measure(
                 "ms_p10": percentile(milliseconds, 10),
                 "ms_p90": percentile(milliseconds, 90),
                 "actions_per_second": setting.states / median * 1e3,
-                "compile_seconds": None if setting.execution == "eager" else max(0.0, seconds - median / 1e3),
+                "compile_seconds": None
+                if setting.execution == "eager"
+                else max(0.0, seconds - WARM_UP_CALLS * median / 1e3),
                 "peak_memory_mib": peak_memory(call, device, None if rows else trace) / 2**20,
             }
-            | critic_quality(
-                actor, subject, reference, max(setting.states, config.quality_states), config.quality_chains
-            )
+            | critic_quality(actor, subject, reference, batch, config.quality_chains)
         )
         bar.update()
     return rows
@@ -155,9 +159,9 @@ def _act(actor: LangevinActor, states: TensorDictBase) -> None:
 
 def _add_target_quality(rows: Sequence[Row], subject: Subject, config: ProfileConfig) -> None:
     """Adds what the chains of each schedule do on the analytic targets, whatever runs them."""
-    found: dict[tuple[int, int, int], Row] = {}
+    found: dict[tuple[int, int, int, str], Row] = {}
     for row in tqdm(rows, desc="analytic targets", dynamic_ncols=True):
-        chain = (row["levels"], row["steps_per_level"], row["particles"])
+        chain = (row["levels"], row["steps_per_level"], row["particles"], row["kernel"])
         if chain not in found:
             torch.manual_seed(config.seed)
             found[chain] = target_quality(subject.sampler, *chain)
@@ -166,12 +170,12 @@ def _add_target_quality(rows: Sequence[Row], subject: Subject, config: ProfileCo
 
 def _add_returns(rows: Sequence[Row], subject: Subject, config: ProfileConfig) -> None:
     """Adds the return of the policy with each schedule: eager, since every mode computes the same actions."""
-    found: dict[tuple[int, int, int, str, str], Row] = {}
+    found: dict[tuple[int, int, int, str, str, str], Row] = {}
     for row in tqdm(rows, desc="episodes", dynamic_ncols=True):
-        key = (row["levels"], row["steps_per_level"], row["particles"], row["precision"], row["device"])
+        key = (row["levels"], row["steps_per_level"], row["particles"], row["precision"], row["device"], row["kernel"])
         if key not in found:
-            levels, steps_per_level, particles, precision, device = key
-            setting = Setting(levels, steps_per_level, config.episodes, particles, "eager", precision, device)
+            levels, steps_per_level, particles, precision, device, kernel = key
+            setting = Setting(levels, steps_per_level, config.episodes, particles, "eager", precision, device, kernel)
             run = subject.config
             result = evaluate(
                 subject.to(torch.device(device)).actor(setting, diagnostics=True),
@@ -187,8 +191,8 @@ def _add_returns(rows: Sequence[Row], subject: Subject, config: ProfileConfig) -
 
 def _name(setting: Setting) -> str:
     return (
-        f"{setting.execution} {setting.precision} on {setting.device}, {setting.levels} x {setting.steps_per_level} "
-        f"steps, {setting.states} states, {setting.particles} particles"
+        f"{setting.execution} {setting.precision} {setting.kernel} on {setting.device}, "
+        f"{setting.levels} x {setting.steps_per_level} steps, {setting.states} states, {setting.particles} particles"
     )
 
 

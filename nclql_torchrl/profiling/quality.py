@@ -83,7 +83,9 @@ def spread(actions: Tensor) -> float | None:
 def make_reference(subject: Subject, steps_per_level: int, chains: int) -> Reference:
     """Runs the long chain: the critic's own schedule with more steps at every level, one particle, float32, eager."""
     schedule = base_schedule(subject.sampler)
-    setting = Setting(schedule.num_levels, steps_per_level, REFERENCE_BATCH, 1, "eager", "float32", "cpu")
+    setting = Setting(
+        schedule.num_levels, steps_per_level, REFERENCE_BATCH, 1, "eager", "float32", "cpu", subject.sampler.kernel
+    )
     actor = subject.actor_on(schedule, setting)
     batch = min(REFERENCE_BATCH, chains * subject.observations.shape[0])
     actions = sample_actions(actor, subject, batch, chains)
@@ -114,7 +116,9 @@ def critic_quality(
 
 
 @torch.no_grad()
-def target_quality(sampler: SamplerConfig, levels: int, steps_per_level: int, particles: int) -> dict[str, float]:
+def target_quality(
+    sampler: SamplerConfig, levels: int, steps_per_level: int, particles: int, kernel: str
+) -> dict[str, float]:
     """Columns of a row: the same chain, in eager float32 on the CPU, on targets whose density is known.
 
     ``tv_TARGET`` is the total-variation distance between samples and density over equally probable bins of the first
@@ -123,21 +127,23 @@ def target_quality(sampler: SamplerConfig, levels: int, steps_per_level: int, pa
 
     Args:
         sampler: settings of the run that trained the critic.
-        levels, steps_per_level, particles: of the chain.
+        levels, steps_per_level, particles, kernel: of the chain.
     """
     schedule = mixing_schedule(sampler, levels, steps_per_level)
+    w = float(sampler.w)
     columns: dict[str, float] = {}
     for name, make_target in TARGETS.items():
-        target = make_target(w=sampler.w)
+        target = make_target(w=w)
         bound = torch.ones(target.action_dim)
         chain = LangevinSampler(
             -bound,
             bound,
             schedule,
             steps_per_level=steps_per_level,
-            w=sampler.w,
+            w=w,
             normalize_gradient=sampler.normalize_gradient,
             boundary=sampler.boundary,  # pyright: ignore[reportArgumentType]
+            kernel=kernel,  # pyright: ignore[reportArgumentType]
         )
         value = target.action_value((particles, TARGET_SAMPLES), schedule)
         actions = chain(value)

@@ -23,6 +23,7 @@ COLUMNS: dict[str, str] = {
     "device": "cpu or cuda:<index>.",
     "execution": "How the chain ran.",
     "precision": "Of its matrix products.",
+    "kernel": "Transition of the chain.",
     "levels": "Noise levels.",
     "steps_per_level": "Langevin steps at each.",
     "langevin_steps": "Their product: sequential gradient steps.",
@@ -34,7 +35,7 @@ COLUMNS: dict[str, str] = {
     "ms_p10": "10th percentile.",
     "ms_p90": "90th percentile.",
     "actions_per_second": "states / ms_median.",
-    "compile_seconds": "First call less the median, everything compiled anew; empty in eager mode.",
+    "compile_seconds": "The first four calls, compiled with empty caches, less four medians; empty in eager mode.",
     "peak_memory_mib": "Memory of one call on top of what the critics and states take.",
     "q_mean": "Mean Q of the actions at the noise-free level, per critic.",
     "q_gap": "The reference chain's mean Q less that, on the same states.",
@@ -53,6 +54,7 @@ _TABLE = {
     "device": "device",
     "execution": "execution",
     "precision": "precision",
+    "kernel": "kernel",
     "states": "states",
     "particles": "particles",
     "levels": "levels",
@@ -136,7 +138,9 @@ def table(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, str]]) -> 
     lines = []
     names = [name for name in _TABLE if any(row.get(name) not in (None, "") for row in rows)]
     # What is the same in all rows stands once, above the table.
-    common = [name for name in ("device", "precision", "particles", "states") if len({r[name] for r in rows}) == 1]
+    common = [
+        name for name in ("device", "precision", "kernel", "particles", "states") if len({r[name] for r in rows}) == 1
+    ]
     if rows:
         if common:
             lines.append(", ".join(f"{name} {rows[0][name]}" for name in common))
@@ -150,7 +154,11 @@ def table(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, str]]) -> 
 
 
 def _align(cell: str, width: int, name: str) -> str:
-    return cell.ljust(width) if name in ("device", "execution", "precision", "schedule_change") else cell.rjust(width)
+    return (
+        cell.ljust(width)
+        if name in ("device", "execution", "precision", "kernel", "schedule_change")
+        else cell.rjust(width)
+    )
 
 
 def _cell(name: str, value: Any) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tensordict import TensorDictBase, TensorDictParams
 from torch import Tensor
 
 from nclql_torchrl.critic import NoiseConditionedQNetwork

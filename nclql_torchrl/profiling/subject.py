@@ -46,7 +46,7 @@ class Subject:
 
     @property
     def sampler(self) -> SamplerConfig:
-        """Settings of the sampler that the critic was trained with."""
+        """Settings of the sampler that the critic was trained with, ``w`` as it was last."""
         return self.config.sampler
 
     @property
@@ -97,6 +97,7 @@ class Subject:
             num_particles=setting.particles,
             ensemble_reduction=self.sampler.ensemble_reduction,  # pyright: ignore[reportArgumentType]
             boundary=self.sampler.boundary,  # pyright: ignore[reportArgumentType]
+            kernel=setting.kernel,  # pyright: ignore[reportArgumentType]
             execution=setting.execution,  # pyright: ignore[reportArgumentType]
             precision=setting.precision,  # pyright: ignore[reportArgumentType]
             diagnostics=diagnostics,
@@ -129,7 +130,7 @@ def untrained(config: ProfileConfig, device: torch.device) -> Subject:
         hidden_sizes=tuple(config.hidden_sizes),
         spec=Bounded(-1.0, 1.0, torch.Size([config.action_dim])),
         observations=observations,
-        config=_with_w(TrainConfig(), config.w),
+        config=_adjusted(TrainConfig(), config),
         trained=False,
     )
     return subject.to(device)
@@ -148,7 +149,7 @@ def trained(config: ProfileConfig, checkpoint: str, device: torch.device) -> Sub
         hidden_sizes=tuple(run.network.hidden_sizes),
         spec=spec,
         observations=torch.empty(0, network.observation_dim, device=device),
-        config=_with_w(run, config.w),
+        config=_adjusted(replace(run, sampler=replace(run.sampler, w=actor.sampler.w.item())), config),
         trained=True,
     )
     return replace(subject, observations=_visited(subject, config))
@@ -168,6 +169,7 @@ def _visited(subject: Subject, config: ProfileConfig) -> Tensor:
             "eager",
             "float32",
             str(device),
+            sampler.kernel,
         ),
     )
     steps = max(VISITING_STEPS, -(-config.quality_states // VISITING_ENVS))
@@ -183,5 +185,8 @@ def _visited(subject: Subject, config: ProfileConfig) -> Tensor:
     return observations[index.to(device)]
 
 
-def _with_w(run: TrainConfig, w: float | None) -> TrainConfig:
-    return run if w is None else replace(run, sampler=replace(run.sampler, w=w))
+def _adjusted(run: TrainConfig, config: ProfileConfig) -> TrainConfig:
+    """The run with what the profile asks for in its place."""
+    options = {"w": config.w, "normalize_gradient": config.normalize_gradient, "boundary": config.boundary}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    return replace(run, sampler=replace(run.sampler, **chosen))

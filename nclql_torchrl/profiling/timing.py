@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +18,10 @@ Call = Callable[[], object]
 
 ROUNDS = 5
 """Interleaved settings are timed in that many rounds, so that a machine that slows down slows all of them down."""
+
+
+WARM_UP_CALLS = 4
+"""Calls until nothing is compiled or captured any more: CudaGraphModule captures in its third."""
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
@@ -32,19 +36,17 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-def first_call(call: Call, device: torch.device, *, cold: bool) -> float:
-    """Seconds of the first call of a setting, compilation included.
+def warm_up(call: Call, device: torch.device) -> float:
+    """Seconds of the first :data:`WARM_UP_CALLS` calls of a setting, compiled with an empty cache on disk.
 
     Args:
-        call: one call of the sampler.
+        call: one call of the sampler, whose executor has not run yet: each compiles for itself.
         device: where it runs.
-        cold: forget what was compiled before, in this process and in Inductor's cache on disk.
     """
-    if cold:
-        torch.compiler.reset()
-    with fresh_cache() if cold else nullcontext():
+    with fresh_cache():
         start = time.perf_counter()
-        call()
+        for _ in range(WARM_UP_CALLS):
+            call()
         _wait(device)
         return time.perf_counter() - start
 
@@ -52,9 +54,8 @@ def first_call(call: Call, device: torch.device, *, cold: bool) -> float:
 def time_calls(calls: Sequence[Call], device: torch.device, repetitions: int, after: Call) -> list[list[float]]:
     """Milliseconds of every timed call of every setting, [len(calls)][repetitions].
 
-    The settings take turns. Each turn begins with a call that is not timed, which compiles where that is still to be
-    done and fills the caches. A GPU's time is that between two events around the call, which starts on an idle GPU:
-    what launching costs is part of it.
+    The settings take turns. Each turn begins with a call that is not timed and fills the caches. A GPU's time is that
+    between two events around the call, which starts on an idle GPU: what launching costs is part of it.
 
     Args:
         calls: one for each setting.

@@ -43,7 +43,15 @@ def make_device(name: str) -> torch.device:
 
 def make_train_env(config: TrainConfig, device: torch.device) -> TransformedEnv:
     """The training environments, batch size [num_envs], with episode returns and lengths."""
-    env = make_env(config.env.task, config.env.num_envs, engine=config.env.engine, device=device, seed=config.seed)
+    env = make_env(
+        config.env.task,
+        config.env.num_envs,
+        engine=config.env.engine,
+        device=device,
+        seed=config.seed,
+        engine_options=config.env.engine_options,
+        **config.env.task_options,
+    )
     return TransformedEnv(env, Compose(RewardSum(), StepCounter()))  # pyright: ignore[reportCallIssue]
 
 

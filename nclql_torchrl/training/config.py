@@ -30,11 +30,15 @@ class EnvConfig:
     """The environments that data is collected from."""
 
     task: str = "HalfCheetah-v5"
-    """Gymnasium id of a continuous-control task."""
+    """Gymnasium id of a continuous-control task, or module:id."""
     engine: str = "auto"
-    """auto (mjx on a GPU for the tasks that it has, else gymnasium), gymnasium or mjx."""
+    """auto (mjx on a GPU, mujoco on a CPU; gymnasium for tasks that they do not have), mujoco, mjx or gymnasium."""
     num_envs: int = 5
     """Environments stepped together."""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the task's constructor, for training and evaluation."""
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the engine, such as solver of mjx or num_threads of mujoco."""
 
 
 @dataclass
@@ -186,6 +190,9 @@ class TrainConfig:
     """Run directory to continue."""
 
 
+OPEN_NAMES = ("env.task_options.", "env.engine_options.")
+"""Names under these are the task's and the engine's own, which check them."""
+
 RESUMABLE_KEYS = ("collector.total_frames", "logger.", "checkpoint.", "device")
 """What may change when a run is resumed; the rest is what makes it the same run."""
 
@@ -310,6 +317,8 @@ def check_override_keys(overrides: Sequence[str], schema: type = TrainConfig) ->
     names = ["preset", *_names(schema)] if schema is TrainConfig else list(_names(schema))
     for override in overrides:
         name = override.split("=", 1)[0].lstrip("+~")
+        if name.startswith(OPEN_NAMES):
+            continue
         if "=" not in override or override.startswith("-") or name.split(".")[0] == "hydra" or name in names:
             continue
         raise ConfigError(f"There is no option {name!r}; {_nearest(name, names)}")

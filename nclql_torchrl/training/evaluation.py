@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -62,7 +64,14 @@ class Evaluation:
 
 
 def evaluate(
-    actor: LangevinActor, task: str, *, episodes: int, seed: int, gamma: float, reward_scale: float
+    actor: LangevinActor,
+    task: str,
+    *,
+    episodes: int,
+    seed: int,
+    gamma: float,
+    reward_scale: float,
+    task_options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Plays episodes of a task on Gymnasium's own environment, without exploration noise.
 
@@ -73,12 +82,13 @@ def evaluate(
         seed: of the environments; the same seed gives the same initial states.
         gamma: discount per control step.
         reward_scale: the loss's factor on rewards.
+        task_options: options of the task's constructor.
 
     Returns:
         Statistics over the episodes.
     """
     device = actor.deterministic_start.device
-    env: EnvBase = make_env(task, episodes, engine="gymnasium", device=device, seed=seed)
+    env: EnvBase = make_env(task, episodes, engine="gymnasium", device=device, seed=seed, **(task_options or {}))
     if actor.warm_start:
         env = TransformedEnv(env, get_env_transforms_from_module(actor))
     try:
@@ -109,7 +119,7 @@ def load_policy(path: str | Path, device: torch.device) -> tuple[TrainConfig, La
     if (path / "checkpoints").is_dir():
         path = latest_checkpoint(path / "checkpoints")
     config = load_config(read_config(path))
-    env = make_env(config.env.task, 1, engine="gymnasium", device=device, seed=config.seed)
+    env = make_env(config.env.task, 1, engine="gymnasium", device=device, seed=config.seed, **config.env.task_options)
     loss = make_loss(config, make_actor(config, env, device))
     load_checkpoint(Checkpoint(loss=loss), path, task=config.env.task, device=device)
     actor = make_actor(config, env, device, loss, diagnostics=True)

@@ -25,6 +25,7 @@ class MetricsWindow:
 
     def __init__(self) -> None:
         self.updates = 0
+        self.diverged: int | None = None
         self.returns: list[float] = []
         self.lengths: list[int] = []
         self._sums: TensorDictBase | None = None
@@ -40,12 +41,19 @@ class MetricsWindow:
         self.returns = [*self.returns, *returns.flatten().tolist()][-RECENT_EPISODES:]
         self.lengths = [*self.lengths, *lengths.flatten().tolist()][-RECENT_EPISODES:]
 
+    def add_diverged(self, diverged: Tensor | None) -> None:
+        """Counts simulations that were lost, over the whole run; None where the engine does not tell."""
+        if diverged is not None:
+            self.diverged = (self.diverged or 0) + int(diverged.sum())
+
     def means(self) -> dict[str, float]:
         """Column -> mean, for what was measured."""
         row: dict[str, float] = {}
         if self.returns:
             row["train_return"] = sum(self.returns) / len(self.returns)
             row["train_length"] = sum(self.lengths) / len(self.lengths)
+        if self.diverged is not None:
+            row["diverged"] = self.diverged
         if self._sums is not None:
             sums = self._sums.cpu()
             row |= {column: float(sums[key]) / self.updates for key, column in UPDATE_METRICS.items()}
@@ -58,9 +66,16 @@ class MetricsWindow:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         sums = {} if self._sums is None else dict(self._sums.items())
-        return {"updates": self.updates, "returns": self.returns, "lengths": self.lengths, "sums": sums}
+        return {
+            "updates": self.updates,
+            "diverged": self.diverged,
+            "returns": self.returns,
+            "lengths": self.lengths,
+            "sums": sums,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
-        self.updates, self.returns, self.lengths = state["updates"], list(state["returns"]), list(state["lengths"])
+        self.updates, self.diverged = state["updates"], state["diverged"]
+        self.returns, self.lengths = list(state["returns"]), list(state["lengths"])
         self._sums = TensorDict(dict(state["sums"])) if state["sums"] else None

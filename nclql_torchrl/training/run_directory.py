@@ -33,6 +33,7 @@ METRICS: tuple[str, ...] = (
     "updates_per_second",
     "train_return",
     "train_length",
+    "diverged",
     "evaluation_return",
     "evaluation_return_std",
     "evaluation_length",

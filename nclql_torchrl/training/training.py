@@ -133,6 +133,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             done = batch["next", "done"]
             if done.any():
                 window.add_episodes(batch["next", "episode_reward"][done], batch["next", "step_count"][done])
+                window.add_diverged(batch.get(("next", "diverged"), None))
             previous_frames, frames = frames, frames + batch.numel()
 
             # Learn: utd_ratio updates per transition after the random ones, counted exactly.
@@ -260,6 +261,7 @@ def run_evaluation(config: TrainConfig, probe: LangevinActor) -> Evaluation:
             seed=config.seed + SEED_OFFSET,
             gamma=config.optim.gamma,
             reward_scale=config.optim.reward_scale,
+            task_options=config.env.task_options,
         )
 
 

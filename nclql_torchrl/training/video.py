@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from envs.models import silent_deprecations
 from nclql_torchrl.actor import LangevinActor
 
 
@@ -20,7 +23,9 @@ class VideoError(RuntimeError):
 
 
 @torch.no_grad()
-def record_episode(actor: LangevinActor, task: str, path: Path, seed: int) -> None:
+def record_episode(
+    actor: LangevinActor, task: str, path: Path, seed: int, task_options: Mapping[str, Any] | None = None
+) -> None:
     """Plays one episode without exploration noise and writes what the camera sees.
 
     Without a display MuJoCo renders through OSMesa unless ``MUJOCO_GL`` says otherwise.
@@ -30,6 +35,7 @@ def record_episode(actor: LangevinActor, task: str, path: Path, seed: int) -> No
         task: Gymnasium id.
         path: the mp4 to write; a file there is replaced.
         seed: of the environment.
+        task_options: options of the task's constructor.
 
     Raises:
         VideoError: if a renderer or the encoder is missing.
@@ -42,7 +48,8 @@ def record_episode(actor: LangevinActor, task: str, path: Path, seed: int) -> No
         os.environ.setdefault("MUJOCO_GL", "osmesa")
     device = actor.deterministic_start.device
     try:
-        env = gymnasium.make(task, render_mode="rgb_array")
+        with silent_deprecations():
+            env = gymnasium.make(task, render_mode="rgb_array", **(task_options or {}))
         observation, _ = env.reset(seed=seed)
         frame = np.asarray(env.render())
     # Renderers fail in their own ways: ImportError, AttributeError, gymnasium's errors, mujoco.FatalError...

@@ -18,8 +18,8 @@ def test_importing_envs_does_not_start_jax() -> None:
 
 
 def test_engines_and_their_tasks() -> None:
-    assert list_engines() == ("gymnasium", "mjx")
-    assert "HalfCheetah-v5" in list_tasks("mjx")
+    assert list_engines() == ("mujoco", "mjx", "gymnasium")
+    assert len(list_tasks("mjx")) >= 11 and list_tasks("mjx") == list_tasks("mujoco")
     assert set(list_tasks("mjx")) <= set(list_tasks("gymnasium"))
 
 
@@ -27,11 +27,17 @@ def test_engines_and_their_tasks() -> None:
     ("arguments", "message"),
     [
         ({"task": "HalfCheetah-v55"}, r"'HalfCheetah-v55'.*'HalfCheetah-v5'\?"),
-        ({"engine": "mjxx"}, r"'mjxx'.*gymnasium, mjx.*'mjx'\?"),
+        ({"engine": "mjxx"}, r"'mjxx'.*mujoco, mjx, gymnasium.*'mjx'\?"),
         ({"num_envs": 0}, r"num_envs is 0; expected at least 1"),
         ({"num_envs": -3}, r"num_envs is -3; expected at least 1"),
         ({"task": "CartPole-v1"}, r"'CartPole-v1'.*Discrete\(2\).*bounded box.*'Pendulum-v1'"),
-        ({"engine": "mjx", "task": "Hopper-v5"}, r"'Hopper-v5'.*'mjx'.*HalfCheetah-v5.*did you mean.*'gymnasium'"),
+        ({"engine": "mjx", "task": "Pendulum-v1"}, r"'Pendulum-v1'.*'mjx'.*HalfCheetah-v5.*did you mean.*'gymnasium'"),
+        ({"engine": "mujoco", "task": "Hoper-v5"}, r"'Hoper-v5'.*'mujoco'.*'Hopper-v5'\?"),
+        ({"engine": "mujoco", "healthy_reward": 1.0}, r"'healthy_reward' of 'HalfCheetah-v5'.*forward_reward_weight"),
+        (
+            {"engine": "gymnasium", "engine_options": {"solver": "fast"}},
+            r"'solver' of the engine 'gymnasium', it has none",
+        ),
         ({"engine": "mjx", "ctrl_cost": 0.1}, r"'ctrl_cost'.*forward_reward_weight.*'ctrl_cost_weight'\?"),
         ({"engine": "mjx", "max_episode_steps": 0}, r"max_episode_steps is 0; expected at least 1"),
     ],
@@ -42,7 +48,7 @@ def test_a_wrong_argument_is_named_with_a_valid_choice(arguments: dict[str, Any]
 
 
 def test_list_tasks_names_an_unknown_engine() -> None:
-    with pytest.raises(ValueError, match=r"'warp'.*gymnasium, mjx"):
+    with pytest.raises(ValueError, match=r"'warp'.*mujoco, mjx, gymnasium"):
         list_tasks("warp")
 
 

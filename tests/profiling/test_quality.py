@@ -59,12 +59,12 @@ def test_spread_is_the_deviation_within_a_state() -> None:
 def test_targets_tell_a_chain_that_samples_from_one_that_has_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     # 512 samples: a share of 0.4 has a standard error of 0.02, and the shares below differ by much more.
     monkeypatch.setattr(quality, "TARGET_SAMPLES", 512)
-    default = target_quality(SamplerConfig(), 10, 2, 1)
-    unmoved = target_quality(SamplerConfig(), 1, 1, 1)
+    default = target_quality(SamplerConfig(), 10, 2, 1, "langevin")
+    unmoved = target_quality(SamplerConfig(), 1, 1, 1, "langevin")
     assert default["modes_covered"] == 4 and unmoved["modes_covered"] < 4
     # The authors' chain flattens the weights .4, .3, .2, .1 a little; a start has most of its chains near no mode.
     assert default["tv_mode_weights"] < 0.2 < unmoved["tv_mode_weights"]
     assert default["tv_stiff_quadratic"] < unmoved["tv_stiff_quadratic"]
     assert all(0.0 <= value <= 1.0 for name, value in default.items() if name.startswith("tv_"))
     # The best of many particles sits at the highest mode.
-    assert target_quality(SamplerConfig(), 10, 1, 16)["modes_covered"] < 4
+    assert target_quality(SamplerConfig(), 10, 1, 16, "langevin")["modes_covered"] < 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nclql_torchrl.profiling.timing import first_call, peak_memory, percentile, time_calls
+from nclql_torchrl.profiling.timing import WARM_UP_CALLS, peak_memory, percentile, time_calls, warm_up
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def test_settings_take_turns_and_each_is_timed_as_often_as_asked() -> None:
 def test_a_call_takes_as_long_as_it_takes() -> None:
     (times,) = time_calls([lambda: time.sleep(0.01)], CPU, 3, lambda: None)
     assert 10.0 <= min(times) < 100.0
-    assert first_call(lambda: time.sleep(0.01), CPU, cold=False) >= 0.01
+    assert warm_up(lambda: time.sleep(0.01), CPU) >= 0.01 * WARM_UP_CALLS
 
 
 def test_percentiles_are_those_of_the_sorted_values() -> None:

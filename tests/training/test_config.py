@@ -20,7 +20,7 @@ def test_the_defaults_are_valid() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("env.engine=mjxx", "env.engine is 'mjxx'; expected one of auto, gymnasium, mjx. did you mean 'mjx'?"),
+        ("env.engine=mjxx", "env.engine is 'mjxx'; expected one of auto, mujoco, mjx, gymnasium. did you mean 'mjx'?"),
         ("optim.update=sumed", "did you mean 'summed'?"),
         ("sampler.boundary=clamp", "expected one of clip, reflect"),
         ("sampler.ensemble_reduction=max", "expected one of sum, mean, min"),

@@ -1,0 +1,52 @@
+"""What a reader must know of the machine to understand a time that was measured on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe_machine(packages: Sequence[str] = ("torch", "torchrl", "tensordict")) -> dict[str, Any]:
+    """The processor, the GPU if there is one, how busy the machine is, and the versions of packages.
+
+    Args:
+        packages: distributions whose versions matter; those that are not installed are left out.
+
+    Returns:
+        JSON values.
+
+    Examples:
+        >>> describe_machine(["torch"])["torch"] == torch.__version__
+        True
+    """
+    return {
+        "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **{package: found for package in packages if (found := _version(package)) is not None},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
