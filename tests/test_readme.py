@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nclql_torchrl import profiling
 from nclql_torchrl.commands.evaluate import EvaluateConfig
 from nclql_torchrl.commands.profile import as_list
 from nclql_torchrl.profiling import ProfileConfig
+from nclql_torchrl.profiling.config import validate as validate_profile
 from nclql_torchrl.training import TrainConfig, config, validate
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +105,7 @@ def test_commands_are_accepted() -> None:
         config.check_override_keys(options, ProfileConfig)
         options = [text for text in options if not re.match(r"-m$|.*\],\[", text)]
         values = OmegaConf.merge(OmegaConf.structured(ProfileConfig), OmegaConf.from_dotlist(options))
-        profiling.config.validate(OmegaConf.to_object(values))  # pyright: ignore[reportArgumentType]
+        validate_profile(OmegaConf.to_object(values))  # pyright: ignore[reportArgumentType]
 
 
 def test_presets_and_make_targets_are_all_there_are() -> None:

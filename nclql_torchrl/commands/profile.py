@@ -26,6 +26,9 @@ def main() -> None:
         check_override_keys(sys.argv[1:], ProfileConfig)
     except ConfigError as error:
         sys.exit(f"nclql-profile: {error}")
+    # Hydra writes its multirun.yaml into a directory of its own unless told otherwise.
+    directories = [argument for argument in sys.argv[1:] if argument.startswith("run_dir=")]
+    sys.argv += [f"hydra.sweep.dir={directory.removeprefix('run_dir=')}" for directory in directories]
     _hydra_main()
 
 

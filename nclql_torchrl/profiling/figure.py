@@ -21,7 +21,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SERIES = ("run", "device", "execution", "precision", "kernel", "states", "particles")
 """What tells one line from another; those that are the same everywhere go into the title."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
@@ -166,8 +166,12 @@ def _draw_targets(axes: Axes, rows: Sequence[Row]) -> None:
     fewest = min(row["particles"] for row in rows)
     for number, (name, label) in enumerate(quantities.items()):
         points = sorted({(row["langevin_steps"], row[name]) for row in rows if row["particles"] == fewest})
-        look = _look(number) | {"color": "0.25", "markerfacecolor": ("0.25", "white", "0.6", "0.9")[number]}
-        axes.plot(*zip(*points, strict=True), linestyle=":", linewidth=0.7, label=label, **look)
+        look: dict[str, Any] = _look(number) | {
+            "color": "0.25",
+            "markerfacecolor": ("0.25", "white", "0.6", "0.9")[number],
+        }
+        steps, distances = zip(*points, strict=True)
+        axes.plot(steps, distances, linestyle=":", linewidth=0.7, label=label, **look)
     axes.set(xlabel="Langevin steps per action", ylim=(0, 1.3), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes.set(ylabel="total-variation distance", title="What they buy: distributions known exactly")
     axes.legend(loc="upper center", ncols=2, columnspacing=1.0, handletextpad=0.4)
@@ -210,7 +214,7 @@ def _look(number: int) -> dict[str, Any]:
 
 def _log_axis(axis: Axis) -> None:
     """A logarithmic axis with ticks at 1, 2 and 5 times powers of ten, written out."""
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.axes.set_xscale("log") if axis is axis.axes.xaxis else axis.axes.set_yscale("log")
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())

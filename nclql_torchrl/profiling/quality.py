@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def make_reference(subject: Subject, steps_per_level: int, chains: int) -> Refer
 
 def critic_quality(
     actor: LangevinActor, subject: Subject, reference: Reference, batch: int, chains: int
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """Columns of a row: Q of the sampled actions, its gap to the reference on the same states, and their spread."""
     actions = sample_actions(actor, subject, batch, chains)
     q = noise_free_q(actor, subject, actions).double().mean(0)

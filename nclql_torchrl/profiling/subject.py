@@ -92,7 +92,7 @@ class Subject:
             spec=self.spec,
             schedule=schedule,
             steps_per_level=setting.steps_per_level,
-            w=self.sampler.w,
+            w=float(self.sampler.w),
             normalize_gradient=self.sampler.normalize_gradient,
             num_particles=setting.particles,
             ensemble_reduction=self.sampler.ensemble_reduction,  # pyright: ignore[reportArgumentType]

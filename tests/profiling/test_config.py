@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from nclql_torchrl.profiling import ProfileConfig, profile
 from nclql_torchrl.profiling.availability import split, unavailable
@@ -47,7 +48,7 @@ def test_what_cannot_run_is_named_with_the_reason() -> None:
     modes = ["eager", "compile", "cudagraph"]
     config = ProfileConfig(levels=[10], steps_per_level=[2], execution=modes, device=["cpu", "cuda:99"])
     unavailable.cache_clear()
-    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
         runnable, skipped = split(settings(config))
     unavailable.cache_clear()
     assert [(setting.execution, setting.device) for setting in runnable] == [("eager", "cpu")]

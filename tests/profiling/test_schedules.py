@@ -78,7 +78,7 @@ def test_the_critics_own_schedule_gives_the_critics_own_actions() -> None:
         for critic, expected in enumerate(found):
             network = actor.qvalue_network.module  # pyright: ignore[reportAttributeAccessIssue]
             with actor.qvalue_network_params["module"][critic].to_module(network):
-                own = network(states["observation"], action[0], torch.tensor(level))
+                own = network(states["observation"], action[0], torch.tensor(level))  # pyright: ignore[reportCallIssue]
             torch.testing.assert_close(expected[0], own.squeeze(-1), atol=1e-5, rtol=1e-5)
     # With fewer levels the last one is still the noise-free landscape.
     short = subject.actor(Setting(3, 2, 4, 1, "eager", "float32", "cpu")).action_value(states)
