@@ -20,7 +20,15 @@ from nclql_torchrl.profiling.figure import draw
 from nclql_torchrl.profiling.quality import Reference, critic_quality, make_reference, target_quality
 from nclql_torchrl.profiling.schedules import describe_change
 from nclql_torchrl.profiling.subject import Subject, make_subject
-from nclql_torchrl.profiling.timing import ROUNDS, WARM_UP_CALLS, peak_memory, percentile, time_calls, warm_up
+from nclql_torchrl.profiling.timing import (
+    ROUNDS,
+    WARM_UP_CALLS,
+    peak_memory_cpu,
+    percentile,
+    time_calls,
+    warm_up,
+    write_trace,
+)
 from nclql_torchrl.training.evaluation import SEED_OFFSET, evaluate
 
 Row = dict[str, Any]
@@ -112,20 +120,22 @@ def _measure(
 ) -> list[Row]:
     """Rows of the settings of a block. What fails, for lack of memory for example, is added to ``skipped``."""
     device = subject.device
-    working: list[tuple[Setting, LangevinActor, Callable[[], object], float]] = []
+    working: list[tuple[Setting, LangevinActor, Callable[[], object], float, int | None]] = []
     for setting in block:
         bar.set_postfix_str(_name(setting))
         actor = subject.actor(setting)
         call = partial(_act, actor, subject.states(setting.states))
         try:
-            working.append((setting, actor, call, warm_up(call, device)))
+            working.append((setting, actor, call, *warm_up(call, device)))
         except RuntimeError as error:
             skipped.append({"setting": _name(setting), "reason": str(error).splitlines()[0]})
         bar.update()
     bar.set_postfix_str("timing")
-    timed = time_calls([call for _, _, call, _ in working], device, config.repetitions, bar.update)
+    timed = time_calls([call for _, _, call, *_ in working], device, config.repetitions, bar.update)
+    if trace is not None and working:
+        write_trace(working[0][2], device, trace)
     rows = []
-    for (setting, actor, call, seconds), milliseconds in zip(working, timed, strict=True):
+    for (setting, actor, call, seconds, peak), milliseconds in zip(working, timed, strict=True):
         bar.set_postfix_str(f"quality of {_name(setting)}")
         schedule = actor.sampler.schedule
         # A larger batch than the timed one is quicker, but would have to be compiled too.
@@ -144,7 +154,7 @@ def _measure(
                 "compile_seconds": None
                 if setting.execution == "eager"
                 else max(0.0, seconds - WARM_UP_CALLS * median / 1e3),
-                "peak_memory_mib": peak_memory(call, device, None if rows else trace) / 2**20,
+                "peak_memory_mib": (peak_memory_cpu(call) if peak is None else peak) / 2**20,
             }
             | critic_quality(actor, subject, reference, batch, config.quality_chains)
         )

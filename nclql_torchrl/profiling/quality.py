@@ -82,8 +82,15 @@ def spread(actions: Tensor) -> float | None:
 
 
 def make_reference(subject: Subject, steps_per_level: int, chains: int) -> Reference:
-    """Runs the long chain: the critic's own schedule with more steps at every level, one particle, float32, eager."""
+    """Runs the long chain: the critic's own schedule with more steps at every level, one particle, float32, eager.
+
+    Args:
+        subject: the critic and the states.
+        steps_per_level: never fewer than the schedule needs to mix.
+        chains: independent ones in every state.
+    """
     schedule = base_schedule(subject.sampler)
+    steps_per_level = max(steps_per_level, schedule.minimum_steps_per_level())
     setting = Setting(
         schedule.num_levels, steps_per_level, REFERENCE_BATCH, 1, "eager", "float32", "cpu", subject.sampler.kernel
     )

@@ -36,19 +36,29 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-def warm_up(call: Call, device: torch.device) -> float:
-    """Seconds of the first :data:`WARM_UP_CALLS` calls of a setting, compiled with an empty cache on disk.
+def warm_up(call: Call, device: torch.device) -> tuple[float, int | None]:
+    """The first :data:`WARM_UP_CALLS` calls of a setting, compiled with an empty cache on disk.
 
     Args:
         call: one call of the sampler, whose executor has not run yet: each compiles for itself.
         device: where it runs.
+
+    Returns:
+        Their seconds; and on a GPU the most bytes that were allocated at once, on top of what was before: a captured
+        graph keeps its memory, so that later calls would not show it.
     """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
     with fresh_cache():
         start = time.perf_counter()
         for _ in range(WARM_UP_CALLS):
             call()
         _wait(device)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+    return seconds, torch.cuda.max_memory_allocated(device) - before if on_gpu else None
 
 
 def time_calls(calls: Sequence[Call], device: torch.device, repetitions: int, after: Call) -> list[list[float]]:
@@ -74,34 +84,17 @@ def time_calls(calls: Sequence[Call], device: torch.device, repetitions: int, af
     return milliseconds
 
 
-def peak_memory(call: Call, device: torch.device, trace: Path | None = None) -> int:
-    """Bytes that one call needs on top of what was allocated before it, at their highest.
+def peak_memory_cpu(call: Call) -> int:
+    """Most bytes that one call has allocated at once.
 
-    On a GPU this is the allocator's own high-water mark. On a CPU it is the largest sum of live tensors that torch's
-    allocator handed out during the call, as torch.profiler saw them; memory that libraries keep for themselves is not
-    in it.
+    It is the largest sum of live tensors that torch's allocator handed out during the call, as torch.profiler saw them;
+    memory that libraries keep for themselves is not in it.
 
     Args:
         call: one call of the sampler, warmed up.
-        device: where it runs.
-        trace: file for the profiler's trace of the call, in Chrome's format.
     """
-    if device.type == "cuda" and trace is None:
-        _wait(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    with _silent_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-        _wait(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with _silent_profiler(), profile(activities=activities, profile_memory=device.type == "cpu") as profiler:
-        call()
-        _wait(device)
-    if trace is not None:
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(trace))
-    if device.type == "cuda":
-        return peak_memory(call, device)
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     live = peak = 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -109,6 +102,22 @@ def peak_memory(call: Call, device: torch.device, trace: Path | None = None) -> 
         live += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         peak = max(peak, live)
     return peak
+
+
+def write_trace(call: Call, device: torch.device, path: Path) -> None:
+    """Writes torch.profiler's trace of one call, in Chrome's format.
+
+    Args:
+        call: one call of the sampler, warmed up.
+        device: where it runs.
+        path: of the file.
+    """
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with _silent_profiler(), profile(activities=activities) as profiler:
+        call()
+        _wait(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def test_a_setting_that_fails_is_skipped_with_its_reason(tmp_path: Path, monkeyp
     module = sys.modules[profile.__module__]
     original = module.warm_up  # pyright: ignore[reportAttributeAccessIssue]
 
-    def fail_once(call: Callable[[], object], device: torch.device) -> float:
+    def fail_once(call: Callable[[], object], device: torch.device) -> tuple[float, int | None]:
         monkeypatch.setattr(module, "warm_up", original)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB.\nMore words.")
 
