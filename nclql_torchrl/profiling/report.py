@@ -36,7 +36,7 @@ COLUMNS: dict[str, str] = {
     "ms_p90": "90th percentile.",
     "actions_per_second": "states / ms_median.",
     "compile_seconds": "The first four calls, compiled with empty caches, less four medians; empty in eager mode.",
-    "peak_memory_mib": "Peak beside critics and states. CPU: live tensors of one call; GPU: the allocator's peak until warm.",
+    "peak_memory_mib": "Beside critics and states. CPU: live tensors of a call; GPU: the allocator's peak until warm.",
     "q_mean": "Mean Q of the actions at the noise-free level, per critic.",
     "q_gap": "The reference chain's mean Q less that, on the same states.",
     "q_gap_stderr": "Its standard error over states.",
