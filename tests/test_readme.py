@@ -13,8 +13,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from nclql_torchrl.commands.evaluate import EvaluateConfig
+from nclql_torchrl.commands.profile import as_list
+from nclql_torchrl.profiling import ProfileConfig
+from nclql_torchrl.profiling.config import validate as validate_profile
 from nclql_torchrl.training import TrainConfig, config, validate
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +99,13 @@ def test_commands_are_accepted() -> None:
         validate(config.load_config({}, options))
     for arguments in commands("nclql-evaluate"):
         config.check_override_keys(arguments, EvaluateConfig)
+    assert commands("nclql-profile")
+    for arguments in commands("nclql-profile"):
+        options = [as_list(text, "-m" in arguments) for text in arguments]
+        config.check_override_keys(options, ProfileConfig)
+        options = [text for text in options if not re.match(r"-m$|.*\],\[", text)]
+        values = OmegaConf.merge(OmegaConf.structured(ProfileConfig), OmegaConf.from_dotlist(options))
+        validate_profile(OmegaConf.to_object(values))  # pyright: ignore[reportArgumentType]
 
 
 def test_presets_and_make_targets_are_all_there_are() -> None:

@@ -203,14 +203,14 @@ def validate(config: TrainConfig) -> None:
     Raises:
         ConfigError: for the first value that cannot work.
     """
-    _choose("env.engine", config.env.engine, ("auto", *ENGINES))
-    _choose("optim.update", config.optim.update, get_args(UpdateMode))
-    _choose("sampler.ensemble_reduction", config.sampler.ensemble_reduction, get_args(EnsembleReduction))
-    _choose("sampler.boundary", config.sampler.boundary, get_args(Boundary))
-    _choose("sampler.kernel", config.sampler.kernel, get_args(KernelName))
-    _choose("sampler.execution", config.sampler.execution, get_args(Execution))
-    _choose("sampler.precision", config.sampler.precision, get_args(Precision))
-    _choose("logger.backend", config.logger.backend, LOGGER_BACKENDS)
+    choose("env.engine", config.env.engine, ("auto", *ENGINES))
+    choose("optim.update", config.optim.update, get_args(UpdateMode))
+    choose("sampler.ensemble_reduction", config.sampler.ensemble_reduction, get_args(EnsembleReduction))
+    choose("sampler.boundary", config.sampler.boundary, get_args(Boundary))
+    choose("sampler.kernel", config.sampler.kernel, get_args(KernelName))
+    choose("sampler.execution", config.sampler.execution, get_args(Execution))
+    choose("sampler.precision", config.sampler.precision, get_args(Precision))
+    choose("logger.backend", config.logger.backend, LOGGER_BACKENDS)
 
     positive_integers = {
         "env.num_envs": config.env.num_envs,
@@ -351,7 +351,7 @@ def _names(schema: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + entry.name
 
 
-def _choose(name: str, value: str, choices: Sequence[str]) -> None:
+def choose(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(choices)}. {_nearest(value, choices)}")
 
