@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ def langevin_chain(
 
 
 def kernel_chain(
-    value_at_level: Callable[[int], ValueAtLevel],
+    value_at_level: Callable[[Any], ValueAtLevel],
     action: Tensor,
     noise: Tensor | None,
     kernel: Kernel,

@@ -5,16 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tensordict
 import torch
-import torchrl
 
+from nclql_torchrl.machine import describe_machine
 from nclql_torchrl.targets import TARGETS
 from nclql_torchrl.training.run_directory import write_atomically
 
@@ -76,17 +73,9 @@ _TABLE = {
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a reader must know of the machine to understand a time that was measured on it."""
-    found = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchrl": torchrl.__version__,
-        "tensordict": tensordict.__version__,
-    }
-    return found
+    """What a reader must know of the machine to understand a time that was measured on a device of it."""
+    found = describe_machine()
+    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else found["processor"], **found}
 
 
 def append(path: Path, run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -171,12 +160,3 @@ def _cell(name: str, value: Any) -> str:
     if name in ("compile_seconds", "peak_memory_mib", "return_mean"):
         return f"{value:.1f}"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
