@@ -35,8 +35,16 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def pareto_front(rows: Iterable[Row], cost: str, gain: Callable[[Row], float]) -> list[Row]:
+def pareto_front(
+    rows: Iterable[Row], cost: str, gain: Callable[[Row], float], noise: Callable[[Row], float] = lambda _: 0.0
+) -> list[Row]:
     """Rows that no other row beats in both respects, by rising cost.
+
+    Args:
+        rows: with a number under ``cost``.
+        cost: name of what should be small.
+        gain: what should be large.
+        noise: by how much a row must be better than a cheaper one: its standard error.
 
     Examples:
         >>> rows = [{"ms": 1.0, "q": 1.0}, {"ms": 2.0, "q": 0.5}, {"ms": 3.0, "q": 4.0}]
@@ -45,7 +53,7 @@ def pareto_front(rows: Iterable[Row], cost: str, gain: Callable[[Row], float]) -
     """
     front: list[Row] = []
     for row in sorted(rows, key=lambda row: (row[cost], -gain(row))):
-        if not front or gain(row) > gain(front[-1]):
+        if not front or gain(row) > gain(front[-1]) + noise(row):
             front.append(row)
     return front
 
@@ -74,7 +82,10 @@ def draw(profile: dict[str, Any], path: Path) -> None:
             _draw_return(axes[2], chosen, most)
         _draw_targets(axes[-1], rows)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        rings, names = axes[1].get_legend_handles_labels()
+        figure.legend(
+            [*handles, *rings], [*labels, *names], loc="outside lower center", ncols=min(4, len(labels) + len(names))
+        )
         figure.suptitle(_title(profile, rows), fontsize=9.5, x=0.01, ha="left")
         temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
         figure.savefig(temporary, dpi=200)
@@ -131,7 +142,8 @@ def _draw_gap(axes: Axes, series: Sequence[tuple[str, list[Row]]], states: int) 
             elinewidth=0.8,
             **_look(number),
         )
-    _mark_front(axes, pareto_front(rows, "ms_median", lambda row: -_lost(row)), _lost)
+    front = pareto_front(rows, "ms_median", lambda row: -row["q_gap"], lambda row: row["q_gap_stderr"])
+    _mark_front(axes, front, _lost)
     axes.set(xlabel=f"time per call, {states} states [ms]")
     axes.set(ylabel="Q lost against the reference chain [%]", title="What they buy: Q of the actions")
     _log_axis(axes.xaxis)
@@ -189,11 +201,22 @@ FLOOR = 0.01
 
 def _mark_front(axes: Axes, front: Sequence[Row], height: Callable[[Row], float]) -> None:
     x, y = [row["ms_median"] for row in front], [height(row) for row in front]
-    axes.plot(x, y, drawstyle="steps-post", color="0.35", linewidth=1.0, zorder=1, label="Pareto front")
-    axes.plot(x, y, linestyle="none", marker="o", markersize=10, color="0.35", fillstyle="none", zorder=3)
-    for row, across, up in zip(front, x, y, strict=True):
+    axes.plot(x, y, drawstyle="steps-post", color="0.35", linewidth=1.0, zorder=1)
+    ring: dict[str, Any] = {
+        "linestyle": "none",
+        "marker": "o",
+        "markersize": 10,
+        "color": "0.35",
+        "fillstyle": "none",
+        "zorder": 3,
+    }
+    axes.plot(x, y, label="Pareto front (levels × steps per level)", **ring)
+    for row, across, up, following in zip(front, x, y, [*x[1:], float("inf")], strict=True):
+        # To the right, where there is room; else the next one's label would be in the way.
+        offset, side = ((6, 6), "left") if following > 1.3 * across else ((-8, -4), "right")
         text = f"{row['levels']}×{row['steps_per_level']}"
-        axes.annotate(text, (across, up), xytext=(5, 6), textcoords="offset points", fontsize=7.5)
+        axes.annotate(text, (across, up), xytext=offset, textcoords="offset points", fontsize=7.5, ha=side)
+    axes.margins(0.1)
 
 
 def _interval(rows: Sequence[Row]) -> list[list[float]]:
@@ -224,5 +247,6 @@ def _title(profile: dict[str, Any], rows: Sequence[Row]) -> str:
     runs = [profile["runs"][number] for number in sorted({row["run"] for row in rows})]
     critics = dict.fromkeys(run["critic"] for run in runs)
     machines = dict.fromkeys(found["device"] for run in runs for found in run["machine"].values())
-    same = [f"{rows[0][n]} {n}" for n in ("states", "particles") if len({row[n] for row in rows}) == 1]
-    return " · ".join([*(critics if len(critics) == 1 else []), *machines, *same])
+    same = {name: rows[0][name] for name in ("states", "particles") if len({row[name] for row in rows}) == 1}
+    counts = [f"{count} {name if count > 1 else name.removesuffix('s')}" for name, count in same.items()]
+    return " · ".join([*(critics if len(critics) == 1 else []), *machines, *counts])

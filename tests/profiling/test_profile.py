@@ -148,3 +148,29 @@ def test_a_trained_critic_adds_returns(tmp_path: Path, tiny_config: Callable[...
     assert short["return_mean"] != own["return_mean"]
     whole = report.read(tmp_path / "p")
     assert whole is not None and whole["runs"][0]["trained"] and "Pendulum-v1" in whole["runs"][0]["critic"]
+
+
+def test_the_results_page_says_what_was_measured() -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    section = (results / "README.md").read_text().split("(`profile/`)")[1].split("\n## ")[0]
+    found = {}
+    for name in ("trained", "untrained"):
+        whole = report.read(results / "profile" / name)
+        assert whole is not None
+        with (results / "profile" / name / "profile.csv").open(newline="") as file:
+            assert len(list(csv.DictReader(file))) == len(whole["rows"])
+        found[name] = {(row["execution"], row["levels"], row["steps_per_level"]): row for row in whole["rows"]}
+
+    def cells(label: str) -> list[str]:
+        (line,) = (line for line in section.splitlines() if line.startswith(f"| {label} |"))
+        return line.removesuffix(" |").split(" | ")[1:]
+
+    for column, chain in enumerate(cells("Levels x steps")):
+        levels, steps = map(int, chain.split(" x "))
+        eager, compiled = (found["trained"][mode, levels, steps] for mode in ("eager", "compile"))
+        untrained = found["untrained"]["compile", levels, steps]
+        assert cells("Eager, ms")[column] == f"{eager['ms_median']:.1f}"
+        assert cells("Compiled, ms")[column] == f"{compiled['ms_median']:.1f}"
+        assert cells("Q lost, %")[column] == f"{100 * (1 - compiled['q_recovered']):.2f}"
+        assert cells("Return")[column] == f"{compiled['return_mean']:,.0f}"
+        assert cells("Untrained: Q lost, %")[column] == f"{100 * (1 - untrained['q_recovered']):.2f}"
