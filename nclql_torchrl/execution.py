@@ -18,7 +18,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tensordict.nn import CudaGraphModule
@@ -30,9 +30,10 @@ from nclql_torchrl.value import ActionValue, check_choice
 Execution = Literal["eager", "compile", "cudagraph", "auto"]
 """How a chain runs; see the module."""
 
-Chain = Callable[[Any, ActionValue, Tensor, Tensor], tuple[Tensor, ...]]
-"""Sampler, values, start [*batch, action_dim], noise [num_levels, steps_per_level, *batch, noise_dim] -> actions
-[*batch, action_dim], then the kernel's statistics, each of shape [*batch]."""
+Chain = Callable[..., tuple[Tensor, ...]]
+"""Sampler, values, start [*batch, action_dim], noise [num_levels, steps_per_level, *batch, noise_dim], and whether the
+levels are a loop of the compiled program -> actions [*batch, action_dim], then the kernel's statistics, each of shape
+[*batch]."""
 
 MEMORY_LIMIT = 4 * 2**30
 """Bytes that one chain may need, by :attr:`ActionValue.memory_per_state`."""
@@ -100,9 +101,9 @@ class Executor:
             chain = self.chain
 
             def compiled_chain(
-                sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor
+                sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor, rolled: bool
             ) -> tuple[Tensor, ...]:
-                return chain(sampler, value, start, noise)
+                return chain(sampler, value, start, noise, rolled)
 
             # torch.compile counts and limits recompilations per code object: every executor gets one of its own.
             compiled_chain.__code__ = compiled_chain.__code__.replace()
@@ -110,9 +111,13 @@ class Executor:
             self._compiled = torch.compile(compiled_chain, fullgraph=True, dynamic=False)
         # One layout, also of dimensions of size 1: a caller's own noise and drawn noise are one compiled program.
         start, noise = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (start, noise))
+        # Unrolled, twenty steps take a minute to compile, and a loop of ten rounds a few seconds. Not on a GPU, where
+        # every round would wait for the host; and not within a program that somebody else compiles: there a loop makes
+        # torch 2.13 leave behind, for the whole process, the exploration type that the program has set.
+        rolled = value.device.type == "cpu" and not torch.compiler.is_compiling()
         # The chain keeps no graph in any mode; saying so spares a second compilation outside of no_grad.
         with torch.no_grad():
-            return self._compiled(sampler, value, start, noise)
+            return self._compiled(sampler, value, start, noise, rolled)
 
     def _replay(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         """Replays the CUDA graph of this batch shape and these parameter tensors.

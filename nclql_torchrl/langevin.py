@@ -305,7 +305,9 @@ class LangevinSampler(nn.Module):
         action, *statistics = self._execute(self, value, initial_action, noise)
         return action, dict(zip(self.kernel.statistic_keys, statistics, strict=True))
 
-    def _chain(self, value: ActionValue, initial_action: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+    def _chain(
+        self, value: ActionValue, initial_action: Tensor, noise: Tensor, rolled: bool = False
+    ) -> tuple[Tensor, ...]:
         """The actions, then the kernel's statistics in the order of their keys."""
         # Said by the noise alone, so that it need not be said again to what is compiled or captured.
         num_levels = noise.shape[0]
@@ -320,9 +322,7 @@ class LangevinSampler(nn.Module):
             normalize_gradient=self.normalize_gradient,
             boundary=self.boundary,
             start_level=self.schedule.num_levels - num_levels,
-            # Compiled, twenty steps take a minute and a loop of ten rounds a few seconds. On a GPU every round of a
-            # loop would wait for the host.
-            rolled=torch.compiler.is_compiling() and value.device.type == "cpu" and value.takes_tensor_levels,
+            rolled=rolled and value.takes_tensor_levels,
         )
         statistics = self.kernel.statistics(carry, num_levels * self.steps_per_level)
         return action, *(statistics[key] for key in self.kernel.statistic_keys)

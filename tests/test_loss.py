@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn.probabilistic import interaction_type
 from tensordict.utils import assert_close
 from torch import nn
 from torchrl.data import Bounded, MultiStep
@@ -347,6 +348,7 @@ def test_compiles_without_graph_breaks(make_actor: MakeActor, make_batch: MakeBa
     expected = loss(batch.clone())
     output = torch.compile(loss, fullgraph=True)(batch.clone())
     assert_close(output.select(*LOSSES), expected.select(*LOSSES), rtol=1e-4, atol=1e-5)
+    assert interaction_type() is None, "the loss's exploration type has leaked: the process would explore no more"
 
 
 def test_target_chains_are_warm_only_where_the_batch_has_the_previous_action(
