@@ -9,10 +9,10 @@ EXTRAS = test,lint,tensorboard,video$(if $(GPU),$(comma)cuda)
 comma := ,
 ARGS ?=
 
-# Idle OpenMP threads must not spin for long: simulation and learning share the cores. A tenth of a millisecond bridges
-# the gaps within a Langevin chain, which without spinning takes twice as long.
+# Idle OpenMP threads must not spin for long: simulation and learning share the cores. A few microseconds bridge most gaps
+# within a Langevin chain, which without spinning takes up to twice as long; ten times that hurts beside other processes.
 export OMP_WAIT_POLICY = passive
-export GOMP_SPINCOUNT = 10000
+export GOMP_SPINCOUNT = 1000
 # glibc hands freed tensors back to the kernel, and pages fault in again at every Langevin step, unless told to keep them.
 export MALLOC_MMAP_THRESHOLD_ = 1073741824
 export MALLOC_TRIM_THRESHOLD_ = 1073741824
