@@ -69,7 +69,7 @@ class MujocoEngine:
 
         self._threads = min(num_threads or len(os.sched_getaffinity(0)), -(-num_envs // ENVIRONMENTS_PER_THREAD))
         # Several chunks per thread, taken as they come: contacts make some simulations slower than others.
-        bounds = np.linspace(0, num_envs, max(1, CHUNKS_PER_THREAD * self._threads) + 1).astype(int).tolist()
+        bounds = np.linspace(0, num_envs, CHUNKS_PER_THREAD * self._threads + 1).astype(int).tolist()
         self._chunks = [range(start, stop) for start, stop in pairwise(bounds)]
         self._pool: ThreadPoolExecutor | None = None
 
@@ -192,7 +192,7 @@ class MujocoEngine:
     def _executor(self) -> ThreadPoolExecutor:
         # Made on first use, so that an engine that was never stepped can be sent to another process.
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="mujoco")
+            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="mujoco")
         return self._pool
 
     def _advance(self, chunks: Iterator[range], controls: np.ndarray) -> None:
