@@ -1,11 +1,10 @@
-"""From a configuration to the parts of a run: environment, actor, loss, update, collector, replay buffer."""
+"""From a configuration to the parts of a run: environment, actor, loss, update, replay buffer."""
 
 from __future__ import annotations
 
 import torch
 from tensordict import TensorDictBase
 from torch.optim import Adam
-from torchrl.collectors import Collector
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEnv
 from torchrl.modules import ValueOperator
@@ -131,22 +130,6 @@ def make_update(config: TrainConfig, loss: NCLQLLoss) -> NCLQLUpdate:
     optimizer = Adam(loss.parameters(), lr=config.optim.lr)
     target_updater = SoftUpdate(loss, eps=config.optim.target_update_polyak)
     return NCLQLUpdate(loss, optimizer, target_updater, mode=config.optim.update)  # pyright: ignore[reportArgumentType]
-
-
-def make_collector(config: TrainConfig, env: EnvBase, actor: LangevinActor, device: torch.device) -> Collector:
-    """Endless collection, [num_envs, time] transitions at a time; the training loop decides when to stop."""
-    return Collector(
-        env,
-        actor,
-        frames_per_batch=config.collector.frames_per_batch or config.env.num_envs,
-        total_frames=-1,
-        init_random_frames=config.collector.init_random_frames,
-        device=device,
-        # Trajectory numbers cost a host synchronisation per step on a GPU, and nothing here reads them.
-        track_traj_ids=False,
-        # A warm-started actor carries its previous action, as a recurrent policy does its hidden state.
-        auto_register_policy_transforms=actor.warm_start,
-    )
 
 
 def make_replay_buffer(config: TrainConfig, device: torch.device) -> TensorDictReplayBuffer:

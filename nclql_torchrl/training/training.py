@@ -23,15 +23,14 @@ from tqdm import tqdm
 
 from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.training.checkpoint import (
-    CollectorState,
     ReplayState,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
+from nclql_torchrl.training.collection import CollectorState, make_collector
 from nclql_torchrl.training.components import (
     make_actor,
-    make_collector,
     make_device,
     make_loss,
     make_replay_buffer,
