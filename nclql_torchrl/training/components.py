@@ -23,8 +23,8 @@ INITIAL_W = 500.0
 """Where ``sampler.w=auto`` starts: the authors' value."""
 
 
-def make_device(name: str) -> torch.device:
-    """The device of ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+def make_device(name: str, key: str = "device") -> torch.device:
+    """The device of ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``, the value of the configuration's ``key``.
 
     Raises:
         ConfigError: for a device that this machine does not have.
@@ -34,17 +34,20 @@ def make_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda or cuda:<index>.") from None
+        raise ConfigError(f"{key} is {name!r}; expected auto, cpu, cuda or cuda:<index>.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices.")
+        raise ConfigError(f"{key} is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices.")
     return device
 
 
 def make_train_env(config: TrainConfig, device: torch.device) -> TransformedEnv:
-    """The training environments, batch size [num_envs], with episode returns and lengths."""
+    """The training environments, batch size [num_envs], with episode returns and lengths.
+
+    Where workers collect, in environments of their own, this one only tells the sizes: its batch size is [1].
+    """
     env = make_env(
         config.env.task,
-        config.env.num_envs,
+        config.env.num_envs if config.collector.backend == "direct" else 1,
         engine=config.env.engine,
         device=device,
         seed=config.seed,

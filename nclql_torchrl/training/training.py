@@ -28,7 +28,7 @@ from nclql_torchrl.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from nclql_torchrl.training.collection import CollectorState, make_collector
+from nclql_torchrl.training.collection import collector_state, make_collector, shutting_down
 from nclql_torchrl.training.components import (
     make_actor,
     make_device,
@@ -85,7 +85,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     window = MetricsWindow()
     progress: dict[str, Any] = {"frames": 0, "updates": 0, "seconds": 0.0}
     checkpoint = Checkpoint(
-        collector=CollectorState(collector),
+        collector=collector_state(collector),
         config=asdict(config),
         loss=loss,
         optimizer=update.optimizer,
@@ -109,7 +109,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     start = row_start = time.monotonic()
     row_frames, row_updates = frames, updates
     evaluation, evaluated_at = None, -1
-    batches = iter(collector)
     bar = tqdm(
         total=config.collector.total_frames, initial=frames, unit=" frames", smoothing=0.05, dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
@@ -123,7 +122,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             checkpoint, run.checkpoints, frames=frames, keep=config.checkpoint.keep, metadata=metadata
         )
 
-    with StopRequest() as stop, bar:
+    with StopRequest() as stop, bar, shutting_down(collector):
+        batches = iter(collector)
         while frames < config.collector.total_frames and stop.signal_number is None:
             # Collect: one vector step (or frames_per_batch) of the live critics' policy, random at first.
             batch = next(batches)
@@ -134,6 +134,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 window.add_episodes(batch["next", "episode_reward"][done], batch["next", "step_count"][done])
                 window.add_diverged(batch.get(("next", "diverged"), None))
             previous_frames, frames = frames, frames + batch.numel()
+            previous_updates = updates
 
             # Learn: utd_ratio updates per transition after the random ones, counted exactly.
             for _ in range(updates_due(config, frames) - updates):
@@ -142,7 +143,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 updates += 1
                 if temperature is not None and updates % TEMPERATURE_INTERVAL == 0:
                     temperature.step(learned)
-            collector.update_policy_weights_()
+            if crossed(config.collector.weight_update_interval, previous_updates, updates):
+                collector.update_policy_weights_()
             bar.update(frames - previous_frames)
 
             # Evaluate, report, save.
@@ -175,7 +177,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         saved = save()
 
     if stop.signal_number is not None:
-        collector.shutdown()
         run.draw_learning_curve(config.env.task)
         raise Interrupted(
             f"Stopped after {frames} frames and {updates} updates; saved {saved}. "
@@ -189,7 +190,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         row = {"frames": frames, "updates": updates, "wall_time": seconds, **evaluation_row(evaluation)}
         run.append_metrics(row)
         log(logger, row, frames)
-    collector.shutdown()
     summary = {
         "task": config.env.task,
         "seed": config.seed,
