@@ -116,6 +116,12 @@ class RunDirectory:
             raise FileNotFoundError(f"{path} {state}; expected the directory of an earlier nclql-train run.")
         return run
 
+    @classmethod
+    def containing(cls, path: str | Path) -> RunDirectory:
+        """The run that a run directory, or one of its checkpoints, belongs to."""
+        path = Path(path).resolve()
+        return cls(path if (path / "checkpoints").is_dir() else path.parent.parent)
+
     def write_config(self, config: TrainConfig) -> None:
         """Writes config.yaml."""
         resolved = replace(config, run_dir=str(self.path), resume=None)
