@@ -117,6 +117,9 @@ class BatchedEnv(EnvBase):
             shape=shape,
             device=self.device,
         )
+        # Made once: building it from the spec at every reset took longer than the rest of the reset.
+        self._nothing_done = self.full_done_spec.zero()
+        self._nothing_done.set("diverged", torch.zeros(column, dtype=torch.bool, device=self.device))
         self._observation = torch.zeros(observation.shape, device=self.device)
         self._prepared = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self._lost_action = torch.zeros(shape, dtype=torch.bool, pin_memory=self.device.type == "cuda")
@@ -180,9 +183,7 @@ class BatchedEnv(EnvBase):
 
     def _beginning(self) -> TensorDictBase:
         """The present observations, with no episode done; copied, since they may be handed out in parts."""
-        tensordict = self.full_done_spec.zero()
-        tensordict.set("diverged", torch.zeros_like(tensordict["done"]))
-        return tensordict.set("observation", self._observation.clone())
+        return self._nothing_done.clone().set("observation", self._observation.clone())
 
     def _set_seed(self, seed: int | None) -> None:
         self._engine.seed(0 if seed is None else seed)
