@@ -1,9 +1,9 @@
 """Whether a run's memory is bounded: resident memory of ``nclql-train`` over its updates, on a small task.
 
-``python -m benchmarks.memory [engine=mujoco] [updates=100000] [warmup=10000] [directory=...]`` trains with tiny critics and a
-full replay buffer, reads the process's resident memory from the kernel at every row of metrics.csv, and writes
-``ENGINE.json``: the growth after ``warmup`` updates, and the samples. What it reads includes everything that a run does:
-evaluations, rows, checkpoints, JAX's caches, what DLPack holds.
+``python -m benchmarks.memory [engine=mujoco] [updates=100000] [warmup=10000] [directory=...]`` trains with tiny critics
+and a full replay buffer, reads the process's resident memory from the kernel at every row of metrics.csv, and writes
+``ENGINE.json``: the growth after ``warmup`` updates, and the samples. What it reads includes everything that a run
+does: evaluations, rows, checkpoints, JAX's caches, what DLPack holds.
 """
 
 from __future__ import annotations

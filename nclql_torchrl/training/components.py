@@ -12,6 +12,7 @@ from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 
 from envs import make_env
+from envs.divergence import EndDiverged
 from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.critic import NoiseConditionedQNetwork
 from nclql_torchrl.loss import NCLQLLoss
@@ -42,7 +43,10 @@ def make_device(name: str) -> torch.device:
 
 
 def make_train_env(config: TrainConfig, device: torch.device) -> TransformedEnv:
-    """The training environments, batch size [num_envs], with episode returns and lengths."""
+    """The training environments, batch size [num_envs], with episode returns and lengths.
+
+    Whatever the engine, a simulation that is lost ends its episode, flagged in ("next", "diverged").
+    """
     env = make_env(
         config.env.task,
         config.env.num_envs,
@@ -52,7 +56,8 @@ def make_train_env(config: TrainConfig, device: torch.device) -> TransformedEnv:
         engine_options=config.env.engine_options,
         **config.env.task_options,
     )
-    return TransformedEnv(env, Compose(RewardSum(), StepCounter()))  # pyright: ignore[reportCallIssue]
+    flags = [] if "diverged" in env.observation_spec else [EndDiverged()]
+    return TransformedEnv(env, Compose(*flags, RewardSum(), StepCounter()))  # pyright: ignore[reportCallIssue]
 
 
 def make_actor(

@@ -36,10 +36,12 @@ class Abandoned(BaseException):
 class StopRequest:
     """While active, the first SIGINT or SIGTERM only sets ``signal_number``; a second one acts as usual.
 
-    What reaches no safe point within ``grace`` seconds of a SIGTERM, such as a compilation, is ended with exit status 143.
-    Outside the main thread, where Python allows no signal handlers, nothing ever happens.
+    What reaches no safe point within ``grace`` seconds of a SIGTERM, such as a compilation, is ended with exit status
+    143. Outside the main thread, where Python allows no signal handlers, nothing ever happens.
 
     Args:
+        abandon: whether a signal raises :class:`Abandoned` at once, until ``stop.abandon`` is set to False: for what
+            comes before there is anything to lose.
         grace: seconds.
 
     Examples:
@@ -49,11 +51,12 @@ class StopRequest:
         True
     """
 
-    def __init__(self, grace: float = GRACE_SECONDS) -> None:
+    def __init__(self, abandon: bool = False, grace: float = GRACE_SECONDS) -> None:
         self.signal_number: int | None = None
+        self.abandon = abandon
         self.grace = grace
-        self._abandonable = False
         self._previous: dict[int, object] = {}
+        self._watchdog: threading.Thread | None = None
         self._over = threading.Event()
 
     def __enter__(self) -> StopRequest:
@@ -71,7 +74,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._over.is_set() and hasattr(self, "_pipe"):
+        if self._watchdog is not None:
             self._restore()
             self._over.set()
             signal.set_wakeup_fd(self._previous_pipe)
@@ -83,18 +86,18 @@ class StopRequest:
     @contextmanager
     def abandonable(self) -> Iterator[None]:
         """What can be abandoned without a loss, such as an evaluation: within it, a signal raises Abandoned."""
-        self._abandonable = True
+        before, self.abandon = self.abandon, True
         try:
             if self.signal_number is not None:
                 raise Abandoned
             yield
         finally:
-            self._abandonable = False
+            self.abandon = before
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
         self._restore()
-        if self._abandonable:
+        if self.abandon:
             raise Abandoned
 
     def _restore(self) -> None:

@@ -1,10 +1,10 @@
 """Replay in checkpoints: segments that are written once and shared from checkpoint to checkpoint.
 
-Transitions are numbered in the order in which they were written; number n lies at index n modulo the capacity. A segment
-is a file of consecutive transitions, and never changes. A checkpoint writes what is new since the one before as a
-segment, and links the older segments that are still needed: a hard link, so that every checkpoint is complete in itself
-and the space is freed with the last one that needs it. TorchRL's own storage checkpointers write the whole capacity each
-time, or, with memory-mapped storage, write over the transitions that an older checkpoint is made of.
+Transitions are numbered in the order in which they were written; number n lies at index n modulo the capacity. A
+segment is a file of consecutive transitions, and never changes. A checkpoint writes what is new since the one before as
+a segment, and links the older segments that are still needed: a hard link, so that every checkpoint is complete in
+itself, and the space is freed with the last one that needs it. TorchRL's own storage checkpointers write the whole
+capacity each time, or, with memory-mapped storage, write over the transitions that an older checkpoint is made of.
 
 ::
 
@@ -74,7 +74,7 @@ class ReplayState:
         while start < written:
             # A segment ends where the storage does, so that it is one piece of it.
             stop = min(written, (start // capacity + 1) * capacity)
-            self._read(start, stop).save(path / _name((start, stop)), archive=True)
+            self._read(start, stop).save(str(path / _name((start, stop))), archive=True)
             segments.append((start, stop))
             start = stop
         index = {"write_count": written, "capacity": capacity, "segments": segments}
@@ -86,7 +86,8 @@ class ReplayState:
         Raises:
             ValueError: if the state is of another capacity.
         """
-        index, capacity = _read_index(path), self.replay_buffer.storage.max_size
+        storage: Any = self.replay_buffer.storage
+        index, capacity = _read_index(path), storage.max_size
         if index["capacity"] != capacity:
             raise ValueError(f"The replay buffer has room for {capacity} transitions; expected {index['capacity']}.")
         self.replay_buffer.empty()
@@ -96,8 +97,8 @@ class ReplayState:
             first = max(start, written - capacity)
             segment = TensorDict.load_memmap(path / _name((start, stop)), allow_pickle=False)
             # Copied, so that no storage is ever made of mapped files.
-            transitions = segment[first - start :].clone().to(self.replay_buffer.storage.device)
-            self.replay_buffer.storage.set(torch.arange(first, stop) % capacity, transitions)
+            transitions = segment[first - start :].clone().to(storage.device)
+            storage.set(torch.arange(first, stop) % capacity, transitions)
         self.replay_buffer.writer.load_state_dict({"_cursor": written % capacity, "_write_count": written})
 
     def _bounds(self) -> tuple[int, int, int]:
