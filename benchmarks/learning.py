@@ -6,7 +6,7 @@ is continued by the same command. ``python -m benchmarks.learning_figures`` draw
 loop, environments, budget, network sizes, batches and evaluation: :func:`run`.
 
 ``conf/algorithm`` and ``conf/task`` hold what is compared. Other settings: ``algorithm.name=w50
-'algorithm.options={sampler.w: 50}'``, where the name is what the figures call it.
++algorithm.options.sampler.w=50``, where the name is what the figures call it.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def run(config: LearningConfig) -> dict[str, Any]:
 
         # Evaluate, on a clock of its own.
         if frames % task.eval_interval < task.num_envs and updates > 0:
-            if not all(bool(value.isfinite().all()) for value in metrics.values(True, True)):
+            if not all(math.isfinite(float(value)) for value in metrics.values()):
                 raise FloatingPointError(f"{config.algorithm.name} on {task.name} diverged before frame {frames}.")
             point = {"frames": frames, "updates": updates, "wall_seconds": training.wall, "cpu_seconds": training.cpu}
             curve.append(point | evaluate(config, algorithm))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -48,7 +48,7 @@ class ActorCriticLoss(LossModule):
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     default_value_estimator = ValueEstimators.TD0
-    out_keys = ["loss_actor", "loss_qvalue", "pred_value", "target_value"]  # noqa: RUF012
+    out_keys = ["loss_actor", "loss_qvalue", "pred_value", "target_value"]  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
 
     actor_network: TensorDictModuleBase
     actor_network_params: TensorDictParams
@@ -60,7 +60,7 @@ class ActorCriticLoss(LossModule):
     def __init__(
         self,
         actor_network: TensorDictModuleBase,
-        qvalue_network: list[TensorDictModuleBase],
+        qvalue_network: list[TensorDictModule],
         *,
         delay_actor: bool = False,
         loss_function: str = "l2",

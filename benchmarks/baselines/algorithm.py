@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.modules import MLP, ValueOperator
@@ -63,7 +63,7 @@ class Problem:
     @property
     def observation_spec_unbatched(self) -> Composite:
         """The observation's spec."""
-        return Composite(observation=Unbounded((self.observation_dim,)))
+        return Composite(observation=Unbounded(torch.Size([self.observation_dim])))
 
 
 @dataclass
@@ -96,21 +96,24 @@ class LowestValue(TensorDictModuleBase):
 
     def __init__(self, loss: LossModule) -> None:
         super().__init__()
-        self.in_keys = list(loss.qvalue_network.in_keys)
+        network = loss.qvalue_network
+        assert isinstance(network, TensorDictModuleBase)
+        self.in_keys = list(network.in_keys)
         self.out_keys = [VALUE_KEY]
         # In __dict__: the parameters are the loss's.
         self.__dict__["_loss"] = loss
-        self._values = _vmap_func(loss.qvalue_network, (None, 0))
+        self._values = _vmap_func(network, (None, 0))
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Reads the observation and the action."""
+        assert self._values is not None
         values = self._values(tensordict.select(*self.in_keys), self.__dict__["_loss"].qvalue_network_params)
         return tensordict.set(VALUE_KEY, values.get("state_action_value").amin(0))
 
 
 def with_value(actor: TensorDictModuleBase, loss: LossModule) -> TensorDictSequential:
     """The evaluator of an actor whose critics take an observation and an action."""
-    return TensorDictSequential(actor, LowestValue(loss))
+    return TensorDictSequential([actor, LowestValue(loss)])
 
 
 def make_mlp(problem: Problem, in_features: int, out_features: int) -> MLP:
@@ -144,6 +147,6 @@ class NormalisedActionMLP(nn.Module):
         return self.network(torch.cat([observation, (action - self.center) / self.half_range], -1))
 
 
-def make_critics(problem: Problem, num_critics: int = 2) -> list[ValueOperator]:
+def make_critics(problem: Problem, num_critics: int = 2) -> list[TensorDictModule]:
     """Independent critics Q(s, a): a list, because TorchRL's losses would otherwise draw new weights their own way."""
     return [ValueOperator(NormalisedActionMLP(problem), in_keys=["observation", "action"]) for _ in range(num_critics)]

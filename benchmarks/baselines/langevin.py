@@ -16,11 +16,11 @@ from nclql_torchrl.training.training import TEMPERATURE_INTERVAL
 
 
 def make_langevin(problem: Problem, **options: Any) -> Algorithm:
-    """NC-LQL with the authors' settings except for ``options``; LQL with ``{"sampler.num_levels": 1}``.
+    """NC-LQL with the authors' settings except for ``options``; LQL with ``sampler={"num_levels": 1}``.
 
     Args:
         problem: sizes, bounds and discount.
-        **options: entries of the package's configuration by their dotted names, ``{"optim.lr": 3e-4}``.
+        **options: sections of the package's configuration, ``optim={"lr": 3e-4}``.
 
     Raises:
         ConfigError: for an option that does not exist or cannot work.
@@ -49,18 +49,12 @@ def make_langevin(problem: Problem, **options: Any) -> Algorithm:
 
 def make_config(problem: Problem, options: dict[str, Any]) -> TrainConfig:
     """The package's configuration for a problem."""
-    values = OmegaConf.create({"sampler": {"execution": "compile"}})
-    for name, value in options.items():
-        OmegaConf.update(values, name, value)
-    values = OmegaConf.merge(
-        values,
-        {
-            "network": {"hidden_sizes": list(problem.hidden_sizes)},
-            "optim": {"gamma": problem.gamma, "target_update_polyak": 1.0 - problem.tau},
-        },
-    )
-    content = OmegaConf.to_container(values)
-    assert isinstance(content, dict)
-    config = load_config({str(name): value for name, value in content.items()})
+    shared = {
+        "network": {"hidden_sizes": list(problem.hidden_sizes)},
+        "optim": {"gamma": problem.gamma, "target_update_polyak": 1.0 - problem.tau},
+    }
+    values = OmegaConf.to_container(OmegaConf.merge({"sampler": {"execution": "compile"}}, options, shared))
+    assert isinstance(values, dict)
+    config = load_config({str(name): value for name, value in values.items()})
     validate(config)
     return config

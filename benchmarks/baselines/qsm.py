@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.modules import DiffusionActor
 
@@ -77,13 +77,14 @@ class QSMLoss(ActorCriticLoss):
         gradient_scale: the paper's alpha, its program's M_q.
     """
 
+    actor_network: TensorDictSequential
     center: Tensor
     half_range: Tensor
 
     def __init__(
         self,
         actor_network: TensorDictSequential,
-        qvalue_network: list[TensorDictModuleBase],
+        qvalue_network: list[TensorDictModule],
         *,
         center: Tensor,
         half_range: Tensor,
@@ -144,19 +145,18 @@ def make_qsm(
     def to_environment(action: Tensor) -> Tensor:
         return center + half_range * action.clamp(-1.0, 1.0)
 
-    actor = TensorDictSequential(
-        DiffusionActor(
-            problem.action_dim,
-            score_network=ScoreNetwork(problem, num_steps, alphas_cumprod),
-            num_steps=num_steps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-        ),
-        TensorDictModule(to_environment, in_keys=["action"], out_keys=["action"]),
+    diffusion = DiffusionActor(
+        problem.action_dim,
+        score_network=ScoreNetwork(problem, num_steps, alphas_cumprod),
+        num_steps=num_steps,
+        beta_start=beta_start,
+        beta_end=beta_end,
     )
+    scaling = TensorDictModule(to_environment, in_keys=["action"], out_keys=["action"])
+    actor = TensorDictSequential([diffusion, scaling])
     loss = QSMLoss(
         actor,
-        list(make_critics(problem)),
+        make_critics(problem),
         center=center,
         half_range=half_range,
         gradient_scale=gradient_scale,

@@ -23,7 +23,7 @@ def make_sac(problem: Problem, *, lr: float = 3e-4) -> Algorithm:
     """
     network = nn.Sequential(
         make_mlp(problem, problem.observation_dim, 2 * problem.action_dim),
-        NormalParamExtractor(scale_mapping="biased_softplus_1.0", scale_lb=1e-3),
+        NormalParamExtractor(scale_mapping="biased_softplus_1.0", scale_lb=1e-3),  # pyright: ignore[reportArgumentType],
     )
     actor = ProbabilisticActor(
         TensorDictModule(network, in_keys=["observation"], out_keys=["loc", "scale"]),

@@ -6,7 +6,7 @@ import math
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
 from torchrl.data import Composite
@@ -76,10 +76,14 @@ class SQLLoss(ActorCriticLoss):
         num_particles: actions of the sampling network for each half of the particles.
     """
 
+    actor_network: SamplingActor
+    center: Tensor
+    half_range: Tensor
+
     def __init__(
         self,
         actor_network: SamplingActor,
-        qvalue_network: list[TensorDictModuleBase],
+        qvalue_network: list[TensorDictModule],
         *,
         alpha: float = 1.0,
         num_value_particles: int = 16,
@@ -89,6 +93,7 @@ class SQLLoss(ActorCriticLoss):
         super().__init__(actor_network, qvalue_network, reduction=reduction)
         self.register_buffer("center", actor_network.center)
         self.register_buffer("half_range", actor_network.half_range)
+        self.action_dim = actor_network.sampling_network.action_dim
         self.alpha = alpha
         self.num_value_particles = num_value_particles
         self.num_particles = num_particles
@@ -96,18 +101,18 @@ class SQLLoss(ActorCriticLoss):
     def next_state_value(self, tensordict: TensorDictBase) -> Tensor:
         """Soft value, by uniform actions in [-1, 1]^d."""
         inputs = tensordict.expand(self.num_value_particles, *tensordict.batch_size)
-        shape = (*inputs.batch_size, self.half_range.shape[-1])
-        action = self.center + self.half_range * torch.empty(shape, device=self.center.device).uniform_(-1.0, 1.0)
+        uniform = torch.rand(*inputs.batch_size, self.action_dim, device=self.center.device)
+        action = self.center + self.half_range * (2.0 * uniform - 1.0)
         values = self.values(inputs, action, self.target_qvalue_network_params).amin(0)
         log_mean = torch.logsumexp(values / self.alpha, 0) - math.log(self.num_value_particles)
-        return self.alpha * (log_mean + shape[-1] * math.log(2.0))
+        return self.alpha * (log_mean + self.action_dim * math.log(2.0))
 
     def actor_loss(self, tensordict: TensorDictBase) -> Tensor:
         """A surrogate whose gradient is minus Stein's direction times the derivative of the sampled actions."""
         keys = self.tensor_keys
         observation = tensordict.get(keys.observation)
         particles = observation.expand(2 * self.num_particles, *observation.shape)
-        noise = torch.randn(*particles.shape[:-1], self.half_range.shape[-1], device=observation.device)
+        noise = torch.randn(*particles.shape[:-1], self.action_dim, device=observation.device)
         with self.actor_network_params.to_module(self.actor_network):
             action = self.actor_network.sampling_network(particles, noise)
         fixed, moved = action.split(self.num_particles)
@@ -155,5 +160,5 @@ def make_sql(problem: Problem, *, lr: float = 3e-4, alpha: float = 1.0 / 30.0) -
         alpha: temperature in units of the reward.
     """
     actor = SamplingActor(problem)
-    loss = SQLLoss(actor, list(make_critics(problem)), alpha=alpha)
+    loss = SQLLoss(actor, make_critics(problem), alpha=alpha)
     return make_actor_critic(problem, actor, loss, lr)

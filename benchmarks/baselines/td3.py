@@ -30,20 +30,14 @@ def make_td3(
         noise_clip: largest noise on the target's actions, likewise.
         policy_delay: critic updates for each update of the actor and of the targets.
     """
-    policy = TensorDictSequential(
-        TensorDictModule(
-            make_mlp(problem, problem.observation_dim, problem.action_dim), in_keys=["observation"], out_keys=["action"]
-        ),
-        TanhModule(in_keys=["action"], spec=problem.action_spec),
-    )
-    # One number for all dimensions is what TD3Loss and the exploration module take.
+    network = make_mlp(problem, problem.observation_dim, problem.action_dim)
+    squash = TanhModule(in_keys=["action"], spec=problem.action_spec)
+    policy = TensorDictSequential([TensorDictModule(network, in_keys=["observation"], out_keys=["action"]), squash])
+    # TD3Loss and the exploration module take one number for all dimensions.
     unit = float(problem.half_range.max())
-    actor = TensorDictSequential(
-        policy,
-        AdditiveGaussianModule(
-            spec=problem.action_spec, sigma_init=exploration_noise * unit, sigma_end=exploration_noise * unit
-        ),
-    )
+    sigma = exploration_noise * unit
+    noise = AdditiveGaussianModule(spec=problem.action_spec, sigma_init=sigma, sigma_end=sigma)
+    actor = TensorDictSequential([policy, noise])
     loss = TD3Loss(
         policy,
         make_critics(problem),
