@@ -42,7 +42,7 @@ from benchmarks.baselines.td3 import make_td3
 from envs import make_env
 from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.machine import describe_machine
-from nclql_torchrl.training.config import ConfigError, choose
+from nclql_torchrl.training.config import choose
 from nclql_torchrl.training.evaluation import SEED_OFFSET, evaluate_in
 
 FAMILIES: dict[str, Callable[..., Algorithm]] = {
@@ -55,8 +55,8 @@ FAMILIES: dict[str, Callable[..., Algorithm]] = {
 RESULTS = Path(__file__).parent / "results" / "learning"
 WARM_UP_UPDATES = 2
 """The first updates compile and allocate; they are on a clock of their own."""
-TIMED_BLOCKS = 10
-"""Blocks of ten calls of an actor; the fastest counts, because other processes on the machine only ever add."""
+TIMED_CALLS = 100
+"""Of an actor. The fastest counts: the first calls compile, and other processes on the machine only ever add."""
 
 
 @dataclass
@@ -233,17 +233,16 @@ def evaluate(config: LearningConfig, algorithm: Algorithm) -> dict[str, float]:
 
 @torch.no_grad()
 def time_action(algorithm: Algorithm, problem: Problem, num_states: int) -> float:
-    """Milliseconds of a call of the exploring actor: the mean of ten, in the fastest of :data:`TIMED_BLOCKS` blocks."""
+    """Milliseconds of a call of the exploring actor: the fastest of :data:`TIMED_CALLS`."""
     observation = TensorDict({"observation": torch.randn(num_states, problem.observation_dim)}, [num_states])
-    blocks = []
+    milliseconds = []
     with torch.random.fork_rng(), set_exploration_type(ExplorationType.RANDOM):
-        # The first block compiles for this number of states.
-        for _ in range(TIMED_BLOCKS + 1):
+        for _ in range(TIMED_CALLS):
+            inputs = observation.copy()
             start = time.perf_counter()
-            for _ in range(10):
-                algorithm.actor(observation.copy())
-            blocks.append((time.perf_counter() - start) * 100.0)
-    return min(blocks[1:])
+            algorithm.actor(inputs)
+            milliseconds.append((time.perf_counter() - start) * 1e3)
+    return min(milliseconds)
 
 
 def identity(config: LearningConfig) -> dict[str, Any]:
@@ -269,6 +268,22 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
+def run_once(config: LearningConfig) -> None:
+    """Runs, and appends the record, unless the file has this run already."""
+    path = Path(config.output) if config.output else RESULTS / f"{config.task.name}.jsonl"
+    label = f"{config.algorithm.name} on {config.task.name}, seed {config.seed}"
+    if any(record["config"] == identity(config) for record in read_records(path)):
+        print(f"{label}: already in {path}", flush=True)
+        return
+    record = run(config)
+    append_record(path, record)
+    last = record["curve"][-1]
+    print(
+        f"{label}: return {last['return_mean']:.1f} after {last['frames']} frames, {last['cpu_seconds']:.0f} CPU s",
+        flush=True,
+    )
+
+
 ConfigStore.instance().store(name="learning_schema", node=LearningConfig)
 ConfigStore.instance().store(group="algorithm", name="schema", node=AlgorithmConfig)
 ConfigStore.instance().store(group="task", name="schema", node=TaskConfig)
@@ -285,21 +300,10 @@ def main() -> None:
 def _hydra_main(composed: DictConfig) -> None:
     config = OmegaConf.to_object(composed)
     assert isinstance(config, LearningConfig)
-    path = Path(config.output) if config.output else RESULTS / f"{config.task.name}.jsonl"
-    label = f"{config.algorithm.name} on {config.task.name}, seed {config.seed}"
-    if any(record["config"] == identity(config) for record in read_records(path)):
-        print(f"{label}: already in {path}", flush=True)
-        return
     try:
-        record = run(config)
-    except (ConfigError, ValueError, FloatingPointError) as error:
+        run_once(config)
+    except (ValueError, FloatingPointError) as error:
         sys.exit(f"benchmarks.learning: {error}")
-    append_record(path, record)
-    last = record["curve"][-1]
-    print(
-        f"{label}: return {last['return_mean']:.1f} after {last['frames']} frames, {last['cpu_seconds']:.0f} CPU s",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

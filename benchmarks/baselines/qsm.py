@@ -14,25 +14,33 @@ from benchmarks.baselines.algorithm import Algorithm, Problem, make_critics, mak
 
 
 class ScoreNetwork(nn.Module):
-    """The noise in a noisy action, for DiffusionActor; the clean action that it implies is clipped.
+    """The noise in a noisy action, for DiffusionActor.
+
+    QSM clips actions to [-1, 1] at every denoising step, and DiffusionActor does not. So this network hands it a noise
+    whose step ends within the box.
 
     Args:
         problem: sizes.
-        num_steps: denoising steps; the step enters as a one-hot vector.
-        alphas_cumprod: share of the clean action's variance left at each step, shape [num_steps].
+        betas: share of noise that each step of the forward process adds, shape [num_steps]; the step enters the network
+            as a one-hot vector.
     """
 
-    alphas_cumprod: Tensor
+    scale: Tensor
+    """Factor of the noise in a denoising step, shape [num_steps]."""
+    growth: Tensor
+    """What a denoising step divides by, likewise."""
 
-    def __init__(self, problem: Problem, num_steps: int, alphas_cumprod: Tensor) -> None:
+    def __init__(self, problem: Problem, betas: Tensor) -> None:
         super().__init__()
+        num_steps = betas.shape[0]
         self.num_steps = num_steps
         self.action_dim = problem.action_dim
-        self.register_buffer("alphas_cumprod", alphas_cumprod)
+        self.register_buffer("scale", betas / (1.0 - torch.cumprod(1.0 - betas, 0)).sqrt())
+        self.register_buffer("growth", (1.0 - betas).sqrt())
         self.network = make_mlp(problem, problem.action_dim + problem.observation_dim + num_steps, problem.action_dim)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Noise for DiffusionActor's denoising chain, such that the clean action that it implies is within [-1, 1].
+        """Noise such that ``(noisy action - scale * noise) / growth``, DiffusionActor's step, is within [-1, 1].
 
         Args:
             inputs: noisy action, observation and step, shape [*batch, action_dim + observation_dim + 1].
@@ -42,10 +50,9 @@ class ScoreNetwork(nn.Module):
         """
         step = inputs[..., -1].long()
         noisy_action = inputs[..., : self.action_dim]
-        signal = self.alphas_cumprod[step].unsqueeze(-1)
-        noise = self.predict(inputs[..., :-1], step)
-        clean_action = ((noisy_action - (1.0 - signal).sqrt() * noise) / signal.sqrt()).clamp(-1.0, 1.0)
-        return (noisy_action - signal.sqrt() * clean_action) / (1.0 - signal).sqrt()
+        scale, growth = self.scale[step].unsqueeze(-1), self.growth[step].unsqueeze(-1)
+        denoised = (noisy_action - scale * self.predict(inputs[..., :-1], step)) / growth
+        return (noisy_action - growth * denoised.clamp(-1.0, 1.0)) / scale
 
     def predict(self, action_and_observation: Tensor, step: Tensor) -> Tensor:
         """The network itself, whose output is matched to the critics' gradient.
@@ -127,7 +134,7 @@ def make_qsm(
     beta_end: float = 0.84,
     gradient_scale: float = 50.0,
 ) -> Algorithm:
-    """Q-score matching: five denoising steps, Adam at 3e-4.
+    """Q-score matching with the settings of its authors' program: five denoising steps, Adam at 3e-4, M_q = 50.
 
     DiffusionActor's noise schedule is linear; its ends are those of the variance-preserving one of QSM's program.
 
@@ -139,7 +146,7 @@ def make_qsm(
         beta_end: the last one's.
         gradient_scale: factor on the critics' gradient, an inverse temperature.
     """
-    alphas_cumprod = torch.cumprod(1.0 - torch.linspace(beta_start, beta_end, num_steps), 0)
+    betas = torch.linspace(beta_start, beta_end, num_steps)
     center, half_range = problem.center, problem.half_range
 
     def to_environment(action: Tensor) -> Tensor:
@@ -147,7 +154,7 @@ def make_qsm(
 
     diffusion = DiffusionActor(
         problem.action_dim,
-        score_network=ScoreNetwork(problem, num_steps, alphas_cumprod),
+        score_network=ScoreNetwork(problem, betas),
         num_steps=num_steps,
         beta_start=beta_start,
         beta_end=beta_end,
