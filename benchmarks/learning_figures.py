@@ -6,7 +6,7 @@ of the directory's README.md, between its two marks.
 
 Lines are inter-quartile means over seeds, bands their 95% bootstrap intervals (percentiles). rliable, which is what the
 field uses for both, cannot be imported beside pandas 3 (its dependency arch 7 breaks), so they are scipy's trimmed mean
-and bootstrap; rliable's inter-quartile mean is that trimmed mean too. With three seeds it trims nothing: it is the mean.
+and bootstrap; rliable's inter-quartile mean is that trimmed mean too. Of three seeds it trims none: it is their mean.
 """
 
 from __future__ import annotations
@@ -112,8 +112,9 @@ def table(records: Records) -> str:
     task, machine = first["config"]["task"], first["machine"]
     lines = [
         f"{task['name']} (Gymnasium {machine['gymnasium']}, MuJoCo {machine['mujoco']}, engine `{task['engine']}`): "
-        f"{task['total_frames']:,} steps of {task['num_envs']} environment(s), the first {task['init_random_frames']:,} "
-        f"random, {task['utd_ratio']:g} updates per step, batch {task['batch_size']}, hidden {task['hidden_sizes']}. "
+        f"{task['total_frames']:,} steps of {task['num_envs']} environment(s), the first "
+        f"{task['init_random_frames']:,} random, {task['utd_ratio']:g} updates per step, batch {task['batch_size']}, "
+        f"hidden {task['hidden_sizes']}. "
         f"Evaluation: {first['evaluation']}.",
         "",
         "| Algorithm | Seeds | Final return [95%] | Q minus return | Parameters | ms/action, 1 state | 256 states "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from benchmarks import learning, learning_figures
@@ -29,7 +29,7 @@ TASK = TaskConfig(
 
 
 def compose_config(*overrides: str) -> LearningConfig:
-    with initialize_config_module("benchmarks.conf", version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_object(compose("learning", overrides=list(overrides)))
     assert isinstance(config, LearningConfig)
     return config
