@@ -146,6 +146,4 @@ class NormalisedActionMLP(nn.Module):
 
 def make_critics(problem: Problem, num_critics: int = 2) -> list[ValueOperator]:
     """Independent critics Q(s, a): a list, because TorchRL's losses would otherwise draw new weights their own way."""
-    return [
-        ValueOperator(NormalisedActionMLP(problem), in_keys=["observation", "action"]) for _ in range(num_critics)
-    ]
+    return [ValueOperator(NormalisedActionMLP(problem), in_keys=["observation", "action"]) for _ in range(num_critics)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
-import torch
 from benchmarks.baselines.algorithm import Algorithm, Problem
 from nclql_torchrl.training.components import make_actor, make_loss, make_temperature, make_update
 from nclql_torchrl.training.config import TrainConfig, load_config, validate

@@ -34,7 +34,7 @@ def make_td3(
         TensorDictModule(
             make_mlp(problem, problem.observation_dim, problem.action_dim), in_keys=["observation"], out_keys=["action"]
         ),
-        TanhModule(in_keys=["action"], spec=problem.action_spec, low=problem.action_spec.low, high=problem.action_spec.high),
+        TanhModule(in_keys=["action"], spec=problem.action_spec),
     )
     # One number for all dimensions is what TD3Loss and the exploration module take.
     unit = float(problem.half_range.max())
