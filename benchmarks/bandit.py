@@ -9,7 +9,7 @@ with the exact density::
     python -m benchmarks.bandit --draw-only
 
 The soft optimum is known because the critic's target is the reward alone (every step is terminal): the policy should be
-exp(w r), with w = 20 for the Langevin samplers, temperature 1 / w for SAC, and the score of exp(w Q) for Q-score matching.
+exp(w r), with w = 20 for the Langevin samplers, temperature 1 / w for SAC and soft Q-learning, and the score of exp(w Q) for Q-score matching.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from benchmarks.baselines.algorithm import Algorithm, Problem
 from benchmarks.baselines.langevin import make_langevin
 from benchmarks.baselines.qsm import make_qsm
 from benchmarks.baselines.sac import make_sac
+from benchmarks.baselines.sql import make_sql
 from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.machine import describe_machine
 from nclql_torchrl.targets import AnalyticTarget
@@ -68,7 +69,8 @@ ALGORITHMS: dict[str, Callable[[Problem], Algorithm]] = {
         **{"sampler.num_levels": 1, "sampler.steps_per_level": 20, "sampler.step_lr": 5e-3},
     ),
     "sac": lambda problem: make_sac(problem, lr=1e-3, alpha=1.0 / W),
-    "qsm": lambda problem: make_qsm(problem, lr=1e-3, w=W),
+    "sql": lambda problem: make_sql(problem, lr=1e-3, alpha=1.0 / W),
+    "qsm": lambda problem: make_qsm(problem, lr=1e-3, gradient_scale=W),
 }
 
 
