@@ -28,10 +28,9 @@ def test_exact_samples_are_right_and_a_single_mode_is_not(name: str) -> None:
 @pytest.mark.parametrize("name", ["nclql", "lql", "sac", "sql", "qsm"])
 def test_every_algorithm_learns_where_the_reward_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bandit.LANGEVIN, "sampler.execution", "eager")
+    before, _ = bandit.run("unequal", name, seed=0, updates=1)
     record, agent = bandit.run("unequal", name, seed=0, updates=200 if name == "qsm" else 60)
-    target = bandit.make_bandit(bandit.BANDITS["unequal"])
-    uniform = bandit.judge(torch.rand(1000, 2) * 2 - 1, target)
-    assert record["reward"] > uniform["reward"]
+    assert record["reward"] > before["reward"] + 0.05
     assert bandit.act(agent, 5).shape == (5, 2)
     assert f"| unequal | {name} | 1 |" in bandit.table([record])
 
