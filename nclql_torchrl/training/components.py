@@ -11,6 +11,7 @@ from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 
 from envs import make_env
+from envs.divergence import EndDiverged
 from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.critic import NoiseConditionedQNetwork
 from nclql_torchrl.loss import NCLQLLoss
@@ -43,7 +44,8 @@ def make_device(name: str, key: str = "device") -> torch.device:
 def make_train_env(config: TrainConfig, device: torch.device) -> TransformedEnv:
     """The training environments, batch size [num_envs], with episode returns and lengths.
 
-    Where workers collect, in environments of their own, this one only tells the sizes: its batch size is [1].
+    Whatever the engine, a simulation that is lost ends its episode, flagged in ("next", "diverged"). Where workers
+    collect, in environments of their own, this one only tells the sizes: its batch size is [1].
     """
     env = make_env(
         config.env.task,
@@ -54,7 +56,8 @@ def make_train_env(config: TrainConfig, device: torch.device) -> TransformedEnv:
         engine_options=config.env.engine_options,
         **config.env.task_options,
     )
-    return TransformedEnv(env, Compose(RewardSum(), StepCounter()))  # pyright: ignore[reportCallIssue]
+    flags = [] if "diverged" in env.observation_spec else [EndDiverged()]
+    return TransformedEnv(env, Compose(*flags, RewardSum(), StepCounter()))  # pyright: ignore[reportCallIssue]
 
 
 def make_actor(

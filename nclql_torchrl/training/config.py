@@ -20,7 +20,7 @@ from nclql_torchrl.update import UpdateMode
 from nclql_torchrl.value import EnsembleReduction, Precision
 
 LOGGER_BACKENDS = ("csv", "tensorboard", "wandb", "none")
-COLLECTOR_BACKENDS = ("direct", "async")
+COLLECTOR_BACKENDS = ("direct", "async", "ray")
 
 
 class ConfigError(ValueError):
@@ -41,6 +41,8 @@ class EnvConfig:
     """Options of the task's constructor, for training and evaluation."""
     engine_options: dict[str, Any] = field(default_factory=dict)
     """Options of the engine, such as solver of mjx or num_threads of mujoco."""
+    max_diverged_fraction: float = 0.01
+    """Share of a log interval's transitions that may be lost to simulations that diverge; beyond it the run stops."""
 
 
 @dataclass
@@ -203,7 +205,9 @@ class TrainConfig:
 OPEN_NAMES = ("env.task_options.", "env.engine_options.")
 """Names under these are the task's and the engine's own, which check them."""
 
-RESUMABLE_KEYS = ("collector.total_frames", "logger.", "checkpoint.", "device", "collector.device")
+RESUMABLE_KEYS = (
+    "collector.total_frames", "collector.device", "env.max_diverged_fraction", "logger.", "checkpoint.", "device"
+)  # fmt: skip
 """What may change when a run is resumed; the rest is what makes it the same run."""
 
 
@@ -272,6 +276,10 @@ def validate(config: TrainConfig) -> None:
     for name, value in (("gamma", config.optim.gamma), ("target_update_polyak", config.optim.target_update_polyak)):
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"optim.{name} is {value:g}; expected a number in [0, 1).")
+    if not 0.0 <= config.env.max_diverged_fraction <= 1.0:
+        raise ConfigError(
+            f"env.max_diverged_fraction is {config.env.max_diverged_fraction:g}; expected a share in [0, 1]."
+        )
     if not 0 <= config.sampler.start_level < config.sampler.num_levels:
         raise ConfigError(
             f"sampler.start_level is {config.sampler.start_level}; expected a level, 0 to "
