@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -72,6 +72,11 @@ def make_collector(
     """
     if config.collector.backend == "async":
         return AsyncWorkers(config, env, actor)
+    if config.collector.backend == "ray":
+        # Imported on use: Ray is an extra.
+        from nclql_torchrl.training.ray_workers import RayWorkers
+
+        return RayWorkers(config, actor)
     return Collector(
         env,
         actor,
@@ -84,15 +89,6 @@ def make_collector(
         # A warm-started actor carries its previous action, as a recurrent policy does its hidden state.
         auto_register_policy_transforms=actor.warm_start,
     )
-
-
-@contextmanager
-def shutting_down(collector: Collector | Workers) -> Iterator[None]:
-    """Ends the collection with the block, however that ends."""
-    try:
-        yield
-    finally:
-        collector.shutdown()
 
 
 class CollectorState:
@@ -126,6 +122,11 @@ class CollectorState:
 def collector_state(collector: Collector | Workers) -> CollectorState | Workers:
     """A collector's part of a checkpoint."""
     return CollectorState(collector) if isinstance(collector, Collector) else collector
+
+
+def collection_metrics(collector: Collector | Workers) -> dict[str, float]:
+    """A collector's columns in metrics.csv."""
+    return {} if isinstance(collector, Collector) else {"lost_frames": collector.lost_frames}
 
 
 class AsyncWorkers:

@@ -44,8 +44,8 @@ def make_device(name: str, key: str = "device") -> torch.device:
 def make_train_env(config: TrainConfig, device: torch.device) -> TransformedEnv:
     """The training environments, batch size [num_envs], with episode returns and lengths.
 
-    Where workers collect, in environments of their own, this one only tells the sizes: its batch size is [1].
-    Whatever the engine, a simulation that is lost ends its episode, flagged in ("next", "diverged").
+    Whatever the engine, a simulation that is lost ends its episode, flagged in ("next", "diverged"). Where workers
+    collect, in environments of their own, this one only tells the sizes: its batch size is [1].
     """
     env = make_env(
         config.env.task,

@@ -20,7 +20,7 @@ from nclql_torchrl.update import UpdateMode
 from nclql_torchrl.value import EnsembleReduction, Precision
 
 LOGGER_BACKENDS = ("csv", "tensorboard", "wandb", "none")
-COLLECTOR_BACKENDS = ("direct", "async")
+COLLECTOR_BACKENDS = ("direct", "async", "ray")
 
 
 class ConfigError(ValueError):

@@ -37,6 +37,7 @@ METRICS: tuple[str, ...] = (
     "train_return",
     "train_length",
     "diverged",
+    "lost_frames",
     "evaluation_return",
     "evaluation_return_std",
     "evaluation_length",

@@ -28,7 +28,7 @@ from nclql_torchrl.training.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from nclql_torchrl.training.collection import collector_state, make_collector, shutting_down
+from nclql_torchrl.training.collection import collection_metrics, collector_state, make_collector
 from nclql_torchrl.training.components import (
     make_actor,
     make_device,
@@ -99,6 +99,7 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
     update = make_update(config, loss)
     temperature = make_temperature(config, actor)
     collector = make_collector(config, env, actor, device)
+    stack.callback(collector.shutdown)
     check_replay_fits(config.replay_buffer.size, env, loss.in_keys, device)
     replay_buffer = make_replay_buffer(config, device)
     probe = make_actor(config, env, device, loss, diagnostics=True)
@@ -154,12 +155,11 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
         return f"Saved {path}."
 
     stop.abandon = False
-    warm = False
-    with bar, shutting_down(collector):
-        batches = iter(collector)
+    batches = iter(collector)
+    published, warm = updates, False
+    with bar:
         while stop.signal_number is None:
             # Learn: utd_ratio updates per transition after the random ones, counted exactly.
-            previous_updates = updates
             while updates < updates_due(config, frames) and stop.signal_number is None:
                 learned = sample(replay_buffer)
                 window.add_update(update(learned))
@@ -168,8 +168,9 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
                     temperature.step(learned)
             if stop.signal_number is not None:
                 break  # what is owed of this batch is learned and reported when the run is resumed
-            if crossed(config.collector.weight_update_interval, previous_updates, updates):
+            if crossed(config.collector.weight_update_interval, published, updates):
                 collector.update_policy_weights_()
+                published = updates
 
             # Evaluate, report, save.
             evaluation_due = crossed(config.logger.eval_interval, reported_frames, frames) and updates > 0
@@ -183,6 +184,7 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
                     "frames_per_second": (frames - row_frames) / (now - row_start),
                     "updates_per_second": (updates - row_updates) / (now - row_start),
                     **window.means(),
+                    **collection_metrics(collector),
                 }
                 try:
                     with stop.abandonable():
