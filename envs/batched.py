@@ -157,12 +157,9 @@ class BatchedEnv(EnvBase):
         if lost.device.type == "cpu":
             self._lost_action = lost
         if self._lost_action.any():
-            environments = self._lost_action.nonzero().flatten().tolist()
+            error = lost_action_error(self._lost_action)
             self._lost_action.zero_()
-            raise ValueError(
-                f"The action of environment {', '.join(map(str, environments))} is not finite; expected numbers "
-                "within the action spec's bounds (those beyond are clipped)."
-            )
+            raise error
         if lost.device.type != "cpu":
             self._lost_action.copy_(lost, non_blocking=True)
 
@@ -258,3 +255,12 @@ class BatchedEnv(EnvBase):
         # Copied: what is handed out is written to by whoever gets it.
         self._observation = state_dict["observation"].to(self._observation, copy=True)
         self._prepared = state_dict["prepared"].to(self._prepared, copy=True)
+
+
+def lost_action_error(lost: torch.Tensor) -> ValueError:
+    """What to raise for actions that are not finite, given where they are, [num_envs]."""
+    environments = lost.nonzero().flatten().tolist()
+    return ValueError(
+        f"The action of environment {', '.join(map(str, environments))} is not finite; expected numbers within the "
+        "action spec's bounds (those beyond are clipped)."
+    )

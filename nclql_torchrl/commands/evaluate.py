@@ -24,6 +24,8 @@ class EvaluateConfig:
 
     checkpoint: str = MISSING
     """A run directory (its newest checkpoint is taken) or a checkpoint directory."""
+    best: bool = False
+    """Of a run directory, take the policy of the best evaluation instead."""
     episodes: int = 10
     seed: int | None = None
     """Of the environments; null: the seeds on which the run itself was evaluated."""
@@ -59,7 +61,7 @@ def _evaluate(composed: DictConfig) -> None:
     assert isinstance(options, EvaluateConfig)
     if options.episodes < 1:
         raise ConfigError(f"episodes is {options.episodes}; expected at least 1.")
-    config, actor = load_policy(options.checkpoint, make_device(options.device))
+    config, actor = load_policy(options.checkpoint, make_device(options.device), best=options.best)
     task, seed = config.env.task, config.seed + SEED_OFFSET if options.seed is None else options.seed
     result = evaluate(
         actor,
