@@ -43,6 +43,11 @@ def tiny(name: str) -> LearningConfig:
     return LearningConfig(algorithm, TASK)
 
 
+@pytest.fixture(autouse=True)
+def few_timed_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "TIMED_CALLS", 2)
+
+
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
     return learning.run(tiny("td3"))
