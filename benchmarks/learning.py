@@ -180,7 +180,7 @@ def run(config: LearningConfig) -> dict[str, Any]:
 
         # Evaluate, on a clock of its own.
         if frames % task.eval_interval < task.num_envs and updates > 0:
-            if not all(math.isfinite(float(value)) for value in metrics.values()):
+            if not all(math.isfinite(value) for value in metrics.to_dict().values()):
                 raise FloatingPointError(f"{config.algorithm.name} on {task.name} diverged before frame {frames}.")
             point = {"frames": frames, "updates": updates, "wall_seconds": training.wall, "cpu_seconds": training.cpu}
             curve.append(point | evaluate(config, algorithm))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.modules import MLP, ValueOperator
@@ -98,7 +99,7 @@ class LowestValue(TensorDictModuleBase):
         super().__init__()
         network = loss.qvalue_network
         assert isinstance(network, TensorDictModuleBase)
-        self.in_keys = list(network.in_keys)
+        self.in_keys: list[NestedKey] = list(network.in_keys)
         self.out_keys = [VALUE_KEY]
         # In __dict__: the parameters are the loss's.
         self.__dict__["_loss"] = loss
