@@ -12,7 +12,7 @@ from torchrl.objectives import SACLoss, SoftUpdate
 from benchmarks.baselines.algorithm import Algorithm, Problem, make_critics, make_mlp, with_value
 
 
-def make_sac(problem: Problem, *, lr: float = 3e-4) -> Algorithm:
+def make_sac(problem: Problem, *, lr: float = 3e-4, alpha: float | None = None) -> Algorithm:
     """SAC with the paper's settings: Adam, two critics, tuned temperature with a target entropy of -action_dim.
 
     The target holds for actions in [-1, 1]; in the environment's units it is larger by the logarithm of the half range.
@@ -20,6 +20,7 @@ def make_sac(problem: Problem, *, lr: float = 3e-4) -> Algorithm:
     Args:
         problem: sizes, bounds and discount.
         lr: Adam's learning rate of actor, critics and temperature.
+        alpha: a fixed temperature instead of the tuned one.
     """
     network = nn.Sequential(
         make_mlp(problem, problem.observation_dim, 2 * problem.action_dim),
@@ -36,6 +37,8 @@ def make_sac(problem: Problem, *, lr: float = 3e-4) -> Algorithm:
         actor,
         make_critics(problem),
         loss_function="l2",
+        alpha_init=1.0 if alpha is None else alpha,
+        fixed_alpha=alpha is not None,
         target_entropy=-problem.action_dim + float(problem.half_range.log().sum()),
     )
     loss.make_value_estimator(gamma=problem.gamma)
