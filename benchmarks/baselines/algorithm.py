@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.data import Bounded
 from torchrl.modules import MLP, ValueOperator
 from torchrl.objectives import LossModule
 from torchrl.objectives.utils import _vmap_func
@@ -53,18 +53,6 @@ class Problem:
     def center(self) -> Tensor:
         """Middle of the action range, shape [action_dim]."""
         return (self.action_spec.high + self.action_spec.low) / 2
-
-    # What the package's make_actor reads of an environment.
-
-    @property
-    def action_spec_unbatched(self) -> Bounded:
-        """The action's spec."""
-        return self.action_spec
-
-    @property
-    def observation_spec_unbatched(self) -> Composite:
-        """The observation's spec."""
-        return Composite(observation=Unbounded(torch.Size([self.observation_dim])))
 
 
 @dataclass
