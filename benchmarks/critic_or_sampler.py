@@ -95,12 +95,7 @@ def compare(config: LearningConfig) -> dict[str, Any]:
         name: evaluate(config, Algorithm(algorithm.actor, loss, algorithm.update, actor, algorithm.reward_scale))
         for name, actor in actors.items()
     }
-    return {
-        "config": identity(config),
-        "curve": record["curve"],
-        "evaluations": evaluations,
-        "machine": record["machine"],
-    }
+    return {name: record[name] for name in ("config", "curve", "machine")} | {"evaluations": evaluations}
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="learning")
