@@ -100,20 +100,20 @@ def test_an_interrupted_evaluation_is_made_up_for(
 ) -> None:
     train(tiny_config(f"run_dir={tmp_path / 'whole'}"))
     config = tiny_config(f"run_dir={tmp_path / 'parts'}")
-    evaluate = training.run_evaluation
+    evaluate = training.evaluate
 
     # Every evaluation is interrupted once: those at 100 and 200 frames, and the final one.
     for frames, allowed in ((100, 0), (200, 1), (240, 1)):
         calls = itertools.count()
 
-        def evaluate_or_interrupt(*arguments: Any, calls: Any = calls, allowed: int = allowed) -> Evaluation:
+        def evaluate_or_interrupt(*args: Any, calls: Any = calls, allowed: int = allowed, **kwargs: Any) -> Any:
             if next(calls) == allowed:
-                torch.rand(1)  # it may not matter what was drawn
+                torch.rand(1)  # what an evaluation draws may not matter
                 os.kill(os.getpid(), signal.SIGTERM)
-            return evaluate(*arguments)
+            return evaluate(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(training, "run_evaluation", evaluate_or_interrupt)
+            patch.setattr(training, "evaluate", evaluate_or_interrupt)
             with pytest.raises(Interrupted) as interruption:
                 train(config)
         assert interruption.value.exit_status == 143
