@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torchrl.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -26,7 +25,6 @@ from torchrl.checkpoint import (
     CheckpointRotation,
     StateDictCheckpointAdapter,
 )
-from torchrl.collectors import BaseCollector
 
 INVENTORY = "inventory.json"
 ARCHIVE = ".tdz"
@@ -40,34 +38,6 @@ POLICY = ("config", "loss")
 """What acting needs: the components of a best checkpoint."""
 
 BEST_METRIC = "evaluation_return"
-
-
-class CollectorState:
-    """State of a collector in this process: its environments, the observation they are at, and its counters.
-
-    TorchRL's own ``Collector.state_dict`` leaves out the environments' state and the step that comes next, so a
-    restored collector would begin new episodes; here it goes on in the middle of the old ones.
-    """
-
-    def __init__(self, collector: BaseCollector) -> None:
-        self.collector = collector
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nested mapping of tensors and numbers."""
-        collector: Any = self.collector
-        return {
-            "environment": collector.env.base_env.state_dict(),
-            "carrier": collector._carrier.to_dict(),
-            "frames": collector._frames,
-            "iter": collector._iter,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict` into a collector of the same environments."""
-        collector: Any = self.collector
-        collector.env.base_env.load_state_dict(state["environment"])
-        collector._carrier.update(TensorDict(state["carrier"], collector.env.batch_size))
-        collector.load_state_dict({"frames": state["frames"], "iter": state["iter"]}, strict=False)
 
 
 def make_checkpoint(**components: Any) -> Checkpoint:

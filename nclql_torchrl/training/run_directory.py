@@ -37,6 +37,7 @@ METRICS: tuple[str, ...] = (
     "train_return",
     "train_length",
     "diverged",
+    "lost_frames",
     "evaluation_return",
     "evaluation_return_std",
     "evaluation_length",
@@ -118,6 +119,12 @@ class RunDirectory:
             state = "is not a run (it has no config.yaml)" if run.path.exists() else "does not exist"
             raise FileNotFoundError(f"{path} {state}; expected the directory of an earlier nclql-train run.")
         return run
+
+    @classmethod
+    def containing(cls, path: str | Path) -> RunDirectory:
+        """The run that a run directory, or one of its checkpoints, belongs to."""
+        path = Path(path).resolve()
+        return cls(path if (path / "checkpoints").is_dir() else path.parent.parent)
 
     def has_checkpoint(self) -> bool:
         """Whether there is one to go on from; a run that was killed earlier begins anew."""

@@ -22,16 +22,15 @@ from tqdm import tqdm
 
 from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.training.checkpoint import (
-    CollectorState,
     latest_checkpoint,
     load_checkpoint,
     make_checkpoint,
     save_best,
     save_checkpoint,
 )
+from nclql_torchrl.training.collection import collection_metrics, collector_state, make_collector
 from nclql_torchrl.training.components import (
     make_actor,
-    make_collector,
     make_device,
     make_loss,
     make_replay_buffer,
@@ -100,6 +99,7 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
     update = make_update(config, loss)
     temperature = make_temperature(config, actor)
     collector = make_collector(config, env, actor, device)
+    stack.callback(collector.shutdown)
     check_replay_fits(config.replay_buffer.size, env, loss.in_keys, device)
     replay_buffer = make_replay_buffer(config, device)
     probe = make_actor(config, env, device, loss, diagnostics=True)
@@ -107,7 +107,7 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
     window = MetricsWindow()
     progress: dict[str, Any] = {"frames": 0, "updates": 0, "reported_frames": 0, "seconds": 0.0}
     checkpoint = make_checkpoint(
-        collector=CollectorState(collector),
+        collector=collector_state(collector),
         config=asdict(config),
         loss=loss,
         optimizer=update.optimizer,
@@ -130,7 +130,6 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
     start = row_start = time.monotonic()
     row_frames, row_updates = frames, updates
     evaluation, evaluated_at = None, -1
-    batches = iter(collector)
     bar = tqdm(
         total=config.collector.total_frames, initial=frames, unit=" frames", smoothing=0.05, dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
@@ -156,7 +155,8 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
         return f"Saved {path}."
 
     stop.abandon = False
-    warm = False
+    batches = iter(collector)
+    published, warm = updates, False
     with bar:
         while stop.signal_number is None:
             # Learn: utd_ratio updates per transition after the random ones, counted exactly.
@@ -168,7 +168,9 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
                     temperature.step(learned)
             if stop.signal_number is not None:
                 break  # what is owed of this batch is learned and reported when the run is resumed
-            collector.update_policy_weights_()
+            if crossed(config.collector.weight_update_interval, published, updates):
+                collector.update_policy_weights_()
+                published = updates
 
             # Evaluate, report, save.
             evaluation_due = crossed(config.logger.eval_interval, reported_frames, frames) and updates > 0
@@ -182,6 +184,7 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
                     "frames_per_second": (frames - row_frames) / (now - row_start),
                     "updates_per_second": (updates - row_updates) / (now - row_start),
                     **window.means(),
+                    **collection_metrics(collector),
                 }
                 try:
                     with stop.abandonable():
@@ -234,7 +237,6 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
         saved = save()
 
     if stop.signal_number is not None:
-        collector.shutdown()
         run.draw_learning_curve(config.env.task)
         raise Interrupted(
             f"Stopped after {frames} frames and {updates} updates. {saved} "
@@ -248,7 +250,6 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
         seconds = previous_seconds + time.monotonic() - start
         report(run, logger, {"frames": frames, "updates": updates, "wall_time": seconds, **evaluation_row(evaluation)})
         keep_best(checkpoint, run, evaluation, frames, metadata)
-    collector.shutdown()
     summary = {
         "task": config.env.task,
         "seed": config.seed,
