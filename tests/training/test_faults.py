@@ -6,11 +6,13 @@ import multiprocessing
 import multiprocessing.process
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -29,11 +31,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.jo
 ENDLESS = "collector.total_frames=1000000"
 
 
-def start(*arguments: str, errors: Path) -> subprocess.Popen[bytes]:
+def start(*arguments: str, errors: Path, environment: Mapping[str, str] = ENVIRONMENT) -> subprocess.Popen[bytes]:
     """Starts nclql-train; what it says goes to a file."""
     command = [sys.executable, "-m", "nclql_torchrl.commands.train", *arguments]
     with errors.open("ab") as file:
-        return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=file)
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file)
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
@@ -277,3 +279,21 @@ def test_a_replay_buffer_that_does_not_fit_is_refused(tiny_config: Callable[...,
     with pytest.raises(ConfigError, match=message):
         train(tiny_config("replay_buffer.size=1000000000000"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_sigterm_ends_a_compilation_in_time(tmp_path: Path) -> None:
+    errors, cache = tmp_path / "errors", tmp_path / "cache"
+    environment = {**ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    options = ("sampler.execution=compile", f"run_dir={tmp_path / 'run'}")
+    process = start(*TINY, *options, errors=errors, environment=environment)
+    try:
+        wait_for(lambda: cache.exists() and any(cache.iterdir()), process)
+        process.terminate()
+        begin = time.monotonic()
+        assert process.wait(40) == 143
+        assert time.monotonic() - begin < 30
+    finally:
+        process.kill()
+    assert re.search(r"Stopped|No safe point within 25 s", errors.read_text())
