@@ -15,10 +15,11 @@ too large for :data:`MEMORY_LIMIT` run in several parts, one after the other.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from tensordict.nn import CudaGraphModule
@@ -30,6 +31,8 @@ from nclql_torchrl.value import ActionValue, check_choice
 Execution = Literal["eager", "compile", "cudagraph", "auto"]
 """How a chain runs; see the module."""
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 Chain = Callable[..., tuple[Tensor, ...]]
 """Sampler, values, start [*batch, action_dim], noise [num_levels, steps_per_level, *batch, noise_dim], and whether the
 levels are a loop of the compiled program -> actions [*batch, action_dim], then the kernel's statistics, each of shape
@@ -37,6 +40,45 @@ levels are a loop of the compiled program -> actions [*batch, action_dim], then 
 
 MEMORY_LIMIT = 4 * 2**30
 """Bytes that one chain may need, by :attr:`ActionValue.memory_per_state`."""
+
+
+def check_execution(execution: str) -> None:
+    """Raises ValueError for an unknown choice, and RuntimeError where this machine lacks what it needs."""
+    check_choice("execution", execution, Execution)
+    if execution == "cudagraph" and not torch.cuda.is_available():
+        raise RuntimeError(
+            "execution is 'cudagraph', but this machine has no CUDA device; expected 'compile', 'eager', or "
+            "'auto', which chooses what the machine can do."
+        )
+    if execution == "compile" and not torch.cuda.is_available() and not _has_cpp_compiler():
+        raise RuntimeError(
+            "execution is 'compile', but neither $CXX, g++ nor clang++ is a C++ compiler here; expected 'eager', "
+            "or 'auto', which chooses what the machine can do."
+        )
+
+
+def resolve(execution: Execution, device: str) -> Execution:
+    """What "auto" means on a type of device; the other choices mean themselves."""
+    if execution != "auto":
+        return execution
+    if device == "cuda":
+        return "cudagraph"
+    return "compile" if device == "cpu" and _has_cpp_compiler() else "eager"
+
+
+def compiled(function: Function) -> Function:
+    """The function as one compiled program per batch shape.
+
+    torch.compile counts and limits recompilations per code object: every program gets one of its own.
+    """
+
+    @functools.wraps(function)
+    def program(*args: Any) -> Any:
+        return function(*args)
+
+    program.__code__ = program.__code__.replace()
+    # dynamic=False: a shape that changes at run time (a smaller last batch) compiles its own fast version.
+    return torch.compile(program, fullgraph=True, dynamic=False)  # pyright: ignore[reportReturnType]
 
 
 class Executor:
@@ -54,17 +96,7 @@ class Executor:
     """
 
     def __init__(self, chain: Chain, execution: Execution) -> None:
-        check_choice("execution", execution, Execution)
-        if execution == "cudagraph" and not torch.cuda.is_available():
-            raise RuntimeError(
-                "execution is 'cudagraph', but this machine has no CUDA device; expected 'compile', 'eager', or "
-                "'auto', which chooses what the machine can do."
-            )
-        if execution == "compile" and not torch.cuda.is_available() and not _has_cpp_compiler():
-            raise RuntimeError(
-                "execution is 'compile', but neither $CXX, g++ nor clang++ is a C++ compiler here; expected 'eager', "
-                "or 'auto', which chooses what the machine can do."
-            )
+        check_execution(execution)
         self.chain = chain
         self.execution: Execution = execution
         self._resolved: dict[str, Execution] = {}
@@ -89,26 +121,13 @@ class Executor:
         if self.execution != "auto":
             return self.execution
         if device not in self._resolved:
-            if device == "cuda":
-                self._resolved[device] = "cudagraph"
-            else:
-                self._resolved[device] = "compile" if device == "cpu" and _has_cpp_compiler() else "eager"
+            self._resolved[device] = resolve("auto", device)
             torchrl_logger.info(f"execution=auto: Langevin chains on {device} run as {self._resolved[device]!r}.")
         return self._resolved[device]
 
     def _compile(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         if self._compiled is None:
-            chain = self.chain
-
-            def compiled_chain(
-                sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor, rolled: bool
-            ) -> tuple[Tensor, ...]:
-                return chain(sampler, value, start, noise, rolled)
-
-            # torch.compile counts and limits recompilations per code object: every executor gets one of its own.
-            compiled_chain.__code__ = compiled_chain.__code__.replace()
-            # dynamic=False: a shape that changes at run time (a smaller last batch) compiles its own fast version.
-            self._compiled = torch.compile(compiled_chain, fullgraph=True, dynamic=False)
+            self._compiled = compiled(self.chain)
         # One layout, also of dimensions of size 1: a caller's own noise and drawn noise are one compiled program.
         start, noise = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (start, noise))
         # Unrolled, twenty steps take a minute to compile, and a loop of ten rounds a few seconds. Not on a GPU, where
@@ -140,6 +159,36 @@ class Executor:
             outputs = self._graphs[key](start, noise, *(tensor.detach() for tensor in value.observations))
         assert isinstance(outputs, tuple)
         return outputs
+
+
+class Program:
+    """A function of tensors that reads and never writes parameters, run as chosen.
+
+    Args:
+        function: tensors -> tuple of tensors; deterministic.
+        execution: "eager", "compile" or "cudagraph".
+        parameters: all other tensors that it reads; they change in place.
+    """
+
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], execution: Execution, parameters: Callable[[], list[Tensor]]
+    ) -> None:
+        self._function = function if execution == "eager" else compiled(function)
+        self._parameters = parameters
+        self._captures = execution == "cudagraph"
+        self._graphs: dict[tuple[object, ...], CudaGraphModule] = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The function's value."""
+        # Gradients that the function itself asks for are part of its program.
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            if not self._captures:
+                return self._function(*inputs)
+            shapes = ((tensor.shape, tensor.dtype) for tensor in inputs)
+            key = (*shapes, *(tensor.data_ptr() for tensor in self._parameters()))
+            if key not in self._graphs:
+                self._graphs[key] = CudaGraphModule(self._function)  # pyright: ignore[reportArgumentType]
+            return self._graphs[key](*inputs)
 
 
 def _in_parts(

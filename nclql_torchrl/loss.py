@@ -81,9 +81,10 @@ class NCLQLLoss(LossModule):
     class _AcceptedKeys:
         """Tensordict entries, changed with ``set_keys``.
 
-        ``noise_level`` (integers, shape [*batch]) and ``action_noise`` (standard normal, shape [*batch, action_dim])
-        are optional inputs that replace the loss's own draws; the actor's ``initial_action`` and ``langevin_noise`` do
-        so under "next".
+        ``next_action`` (in the environment's units, shape [*batch, action_dim]), ``noise_level`` (integers, shape
+        [*batch]) and ``action_noise`` (standard normal, shape [*batch, action_dim]) are optional inputs that replace
+        the loss's own draws, see :meth:`NCLQLLoss.draw`; the actor's ``initial_action`` and ``langevin_noise`` do so
+        under "next".
         """
 
         action: NestedKey = "action"
@@ -94,6 +95,7 @@ class NCLQLLoss(LossModule):
         done: NestedKey = "done"
         terminated: NestedKey = "terminated"
         priority_weight: NestedKey = "priority_weight"
+        next_action: NestedKey = "next_action"
         noise_level: NestedKey = "noise_level"
         action_noise: NestedKey = "action_noise"
 
@@ -304,12 +306,7 @@ class NCLQLLoss(LossModule):
                 target = self.ensemble_values(tensordict, action, level).mean(0)
         if num_noisy == 0:
             return self._reduce_loss(torch.zeros_like(target), tensordict=tensordict)
-        level = tensordict.get(self.tensor_keys.noise_level, None)
-        if level is None:
-            level = torch.randint(num_noisy, tensordict.batch_size, device=action.device)
-        noise = tensordict.get(self.tensor_keys.action_noise, None)
-        if noise is None:
-            noise = torch.randn_like(action)
+        level, noise = self._noise(tensordict)
         # The noise levels are in units of the normalised action, hence the half range.
         scale = schedule.sigmas[level].to(action.dtype).unsqueeze(-1) * self.sampler.action_half_range
         noisy_action = action + scale * noise
@@ -347,19 +344,51 @@ class NCLQLLoss(LossModule):
         assert self._vmap_qnetworkN0 is not None
         return self._vmap_qnetworkN0(inputs, params).get(self.tensor_keys.state_action_value).squeeze(-1)
 
-    @torch.no_grad()
-    def _target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """TD target and the value of the next state, shape [*batch] each."""
-        actor = self.actor_network
-        tensordict = tensordict.clone(False)
+    def draw(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The batch with everything random in it, as far as it is not there yet: both losses of the result are
+        deterministic functions.
+
+        Args:
+            tensordict: a batch of transitions.
+
+        Returns:
+            A shallow copy with ``next_action``, ``noise_level`` and ``action_noise``.
+        """
+        drawn = tensordict.copy()
+        drawn.set(self.tensor_keys.next_action, self._next_action(tensordict, self._next(tensordict)))
+        if self.sampler.schedule.num_levels > 1:
+            level, noise = self._noise(tensordict)
+            drawn.set(self.tensor_keys.noise_level, level).set(self.tensor_keys.action_noise, noise)
+        return drawn
+
+    def _noise(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Noisy levels, shape [*batch], and standard normal noise, shape [*batch, action_dim]."""
+        action = tensordict.get(self.tensor_keys.action)
+        level = tensordict.get(self.tensor_keys.noise_level, None)
+        if level is None:
+            num_noisy = self.sampler.schedule.num_levels - 1
+            level = torch.randint(num_noisy, tensordict.batch_size, device=action.device)
+        noise = tensordict.get(self.tensor_keys.action_noise, None)
+        return level, torch.randn_like(action) if noise is None else noise
+
+    def _next(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """A copy of the next state, with zeros where nothing bootstraps from it."""
         next_tensordict = tensordict.get("next").copy()
         # Nothing bootstraps from a terminal state, whose observation may be NaN; 0 * NaN would poison the target.
         unused = next_tensordict.get(self.tensor_keys.done if self.skip_done_states else self.tensor_keys.terminated)
-        for key in actor.observation_keys:
+        for key in self.actor_network.observation_keys:
             observation = next_tensordict.get(key)
             mask = expand_as_right(unused.squeeze(-1), observation)
             next_tensordict.set(key, torch.where(mask, torch.zeros_like(observation), observation))
+        return next_tensordict
 
+    @torch.no_grad()
+    def _next_action(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> Tensor:
+        """Action of the next state, in the environment's units, shape [*batch, action_dim]."""
+        next_action = tensordict.get(self.tensor_keys.next_action, None)
+        if next_action is not None:
+            return next_action
+        actor = self.actor_network
         sampling_params = self.target_qvalue_network_params if self.delay_actor else self.qvalue_network_params
         value = actor.action_value(next_tensordict, sampling_params, num_particles=self.target_num_particles)
         start, noise = actor.explicit_randomness(next_tensordict, value)
@@ -368,8 +397,14 @@ class NCLQLLoss(LossModule):
         if start is None:
             start = actor.warm(next_tensordict, self.sampler.random_start(value))
         particles = self.sampler(value, start, noise, start_level=start_level)
-        next_action = self.sampler.to_environment(actor.select(value, particles))
+        return self.sampler.to_environment(actor.select(value, particles))
 
+    @torch.no_grad()
+    def _target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """TD target and the value of the next state, shape [*batch] each."""
+        tensordict = tensordict.clone(False)
+        next_tensordict = self._next(tensordict)
+        next_action = self._next_action(tensordict, next_tensordict)
         level = torch.full(tensordict.batch_size, self.sampler.schedule.num_levels - 1, device=next_action.device)
         next_values = self.ensemble_values(next_tensordict, next_action, level, self.target_qvalue_network_params)
         next_state_value = next_values.amin(0)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 from torch.optim import Optimizer
 from torchrl.objectives.utils import TargetNetUpdater
 
-from nclql_torchrl.loss import NCLQLLoss
+from nclql_torchrl.execution import Execution, Program, check_execution, resolve
+from nclql_torchrl.loss import METADATA_KEYS, NCLQLLoss
 from nclql_torchrl.value import check_choice
 
 UpdateMode = Literal["sequential", "summed"]
@@ -23,14 +27,20 @@ class NCLQLUpdate:
     mean from before the first step; both share the optimizer's state. "summed": one step on the sum of the two losses.
     Either way the target network follows once. With one noise level (LQL) there is only the TD step.
 
+    Everything random is drawn first (:meth:`NCLQLLoss.draw`); what remains of each step, from the batch to the
+    gradients, is a deterministic function, and runs as one compiled program or one CUDA graph.
+
     Args:
         loss: the loss module.
         optimizer: over ``loss.parameters()``.
         target_updater: TorchRL's ``SoftUpdate`` or ``HardUpdate``, or None without target parameters.
         mode: "sequential" or "summed".
+        execution: how losses and gradients are computed, see :mod:`nclql_torchrl.execution`. Defaults to that of the
+            sampler.
 
     Raises:
-        ValueError: for an unknown mode.
+        ValueError: for an unknown mode or execution.
+        RuntimeError: where this machine lacks what ``execution`` needs.
 
     Examples:
         >>> import torch
@@ -58,12 +68,19 @@ class NCLQLUpdate:
         optimizer: Optimizer,
         target_updater: TargetNetUpdater | None = None,
         mode: UpdateMode = "sequential",
+        execution: Execution | None = None,
     ) -> None:
         check_choice("mode", mode, UpdateMode)
         self.loss = loss
         self.optimizer = optimizer
         self.target_updater = target_updater
         self.mode = mode
+        self.execution: Execution = loss.sampler.execution if execution is None else execution
+        check_execution(self.execution)
+        self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        # A step on a constant zero would still advance Adam's moments.
+        self._has_noise_step = mode == "sequential" and loss.sampler.schedule.num_levels > 1
+        self._programs: dict[tuple[object, ...], tuple[Program, Program]] = {}
 
     def __call__(self, batch: TensorDictBase) -> TensorDict:
         """Updates the critics in place, and writes the TD error into ``batch``.
@@ -74,24 +91,63 @@ class NCLQLUpdate:
         Returns:
             Detached scalars: the losses and the loss's diagnostics, averaged over the batch.
         """
-        loss_qvalue, metadata = self.loss.qvalue_loss(batch)
-        batch.set(self.loss.tensor_keys.priority, metadata["td_error"])
-        noise_target = metadata["pred_value"]
-        if self.mode == "summed":
-            loss_noise = self.loss.noise_loss(batch, noise_target)
-            self._step(loss_qvalue + loss_noise)
-        else:
-            self._step(loss_qvalue)
-            loss_noise = self.loss.noise_loss(batch, noise_target)
-            # A step on a constant zero would still advance Adam's moments.
-            if self.loss.sampler.schedule.num_levels > 1:
-                self._step(loss_noise)
+        first, second, inputs = self._prepare(self.loss.draw(batch))
+        td_error, noise_target, loss_qvalue, loss_noise, *outputs = first(*inputs)
+        means, gradients = outputs[: len(METADATA_KEYS)], outputs[len(METADATA_KEYS) :]
+        self._step(gradients)
+        if self._has_noise_step:
+            loss_noise, *gradients = second(noise_target, *inputs)
+            self._step(gradients)
         if self.target_updater is not None:
             self.target_updater.step()
-        metrics = {key: value.mean() for key, value in metadata.items()}
-        return TensorDict({"loss_qvalue": loss_qvalue.detach(), "loss_noise": loss_noise.detach(), **metrics})
+        batch.set(self.loss.tensor_keys.priority, td_error)
+        metrics = dict(zip(METADATA_KEYS, means, strict=True))
+        return TensorDict({"loss_qvalue": loss_qvalue, "loss_noise": loss_noise, **metrics})
 
-    def _step(self, loss: Tensor) -> None:
-        loss.backward()
+    def _step(self, gradients: Sequence[Tensor | None]) -> None:
+        """One step of the optimizer along given gradients."""
+        for parameter, gradient in zip(self._trained, gradients, strict=True):
+            parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _prepare(self, drawn: TensorDictBase) -> tuple[Program, Program, list[Tensor]]:
+        """The programs of the first and the second step for a batch of this layout, and the tensors that they take."""
+        entries = {key: value for key, value in drawn.items(True, True) if isinstance(value, Tensor)}
+        entries.pop(self.loss.tensor_keys.priority, None)
+        layout = (drawn.batch_dims, *entries)
+        if layout not in self._programs:
+            execution = resolve(self.execution, drawn.get(self.loss.tensor_keys.action).device.type)
+            self._programs[layout] = self._make_programs(list(entries), drawn.batch_dims, execution)
+        return *self._programs[layout], list(entries.values())
+
+    def _make_programs(self, keys: list[NestedKey], batch_dims: int, execution: Execution) -> tuple[Program, Program]:
+        loss, trained = self.loss, self._trained
+
+        def batch_of(tensors: Sequence[Tensor]) -> TensorDict:
+            batch = TensorDict(batch_size=tensors[0].shape[:batch_dims])
+            for key, tensor in zip(keys, tensors, strict=True):
+                batch.set(key, tensor)
+            return batch
+
+        def first(*tensors: Tensor) -> tuple[Tensor, ...]:
+            batch = batch_of(tensors)
+            loss_qvalue, metadata = loss.qvalue_loss(batch)
+            total, loss_noise = loss_qvalue, torch.zeros_like(loss_qvalue)
+            if self.mode == "summed":
+                loss_noise = loss.noise_loss(batch, metadata["pred_value"])
+                total = loss_qvalue + loss_noise
+            means = (metadata[key].mean() for key in METADATA_KEYS)
+            gradients = torch.autograd.grad(total, trained, allow_unused=True)
+            return (
+                metadata["td_error"], metadata["pred_value"], loss_qvalue.detach(), loss_noise.detach(), *means, *gradients
+            )  # fmt: skip
+
+        def second(noise_target: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            loss_noise = loss.noise_loss(batch_of(tensors), noise_target)
+            return loss_noise.detach(), *torch.autograd.grad(loss_noise, trained, allow_unused=True)
+
+        def parameters() -> list[Tensor]:
+            return [*loss.parameters(), *loss.buffers(), *loss.target_qvalue_network_params.values(True, True)]
+
+        return Program(first, execution, parameters), Program(second, execution, parameters)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn.probabilistic import interaction_type
 from tensordict.utils import assert_close
+from torch._dynamo.utils import counters
 from torch.optim import SGD, Adam
 from torchrl.objectives import SoftUpdate
 
@@ -108,3 +111,63 @@ def test_an_unknown_mode_is_named(make_actor: MakeActor) -> None:
     loss = NCLQLLoss(make_actor())
     with pytest.raises(ValueError, match=r"mode is 'sum'.*'summed'"):
         NCLQLUpdate(loss, SGD(loss.parameters(), lr=0.1), mode="sum")  # pyright: ignore[reportArgumentType]
+
+
+def test_everything_random_is_drawn_before(make_actor: MakeActor, make_batch: MakeBatch) -> None:
+    loss, batch = NCLQLLoss(make_actor()), make_batch()
+    drawn = loss.draw(batch)
+    assert drawn["next_action"].shape == drawn["action_noise"].shape == (12, 2)
+    assert drawn["noise_level"].shape == (12,) and "next_action" not in batch.keys()
+    before = torch.random.get_rng_state()
+    first, second = loss(drawn.clone()), loss(drawn.clone())
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert_close(first.detach(), second.detach(), atol=0, rtol=0)
+    assert_close(loss.draw(drawn), drawn, atol=0, rtol=0)
+
+
+def twins(make_actor: MakeActor, execution: str, device: str = "cpu", **options: Any) -> list[NCLQLUpdate]:
+    """An eager update and another one at the same parameters."""
+    updates = []
+    for how in ("eager", execution):
+        torch.manual_seed(3)
+        loss = NCLQLLoss(make_actor().to(device))
+        adam = Adam(loss.parameters(), lr=1e-3, fused=True)
+        updates.append(NCLQLUpdate(loss, adam, SoftUpdate(loss, tau=0.1), execution=how, **options))  # pyright: ignore[reportArgumentType]
+    return updates
+
+
+def assert_stays_eager(updates: list[NCLQLUpdate], batches: Iterable[TensorDict], *, atol: float) -> None:
+    """Successive updates at the same randomness give the same metrics, priorities, parameters and Adam moments."""
+    for batch in batches:
+        copies = [batch.clone(), batch.clone()]
+        metrics = [update(copy) for update, copy in zip(updates, copies, strict=True)]
+        assert_close(*metrics, atol=atol, rtol=atol)
+        torch.testing.assert_close(copies[0]["td_error"], copies[1]["td_error"], atol=atol, rtol=atol)
+    eager, other = updates
+    assert_close(TensorDict(eager.loss.state_dict()), TensorDict(other.loss.state_dict()), atol=atol, rtol=atol)
+    for first, second in zip(*(update.optimizer.state_dict()["state"].values() for update in updates), strict=True):
+        assert_close(TensorDict(first), TensorDict(second), atol=atol, rtol=atol)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sequential", "summed"])
+def test_compiled_is_eager_and_compiles_once(make_actor: MakeActor, make_batch: MakeBatch, mode: str) -> None:
+    updates = twins(make_actor, "compile", mode=mode)
+    # Float32 sums in another order differ by 1e-7 relative to their largest terms; Adam's steps of lr = 1e-3 turn a
+    # relative error of a gradient into one of the step, 1e-3 of it where a gradient is 1e-4 of the largest: 1e-6 each.
+    assert_stays_eager(updates, (fixed(make_batch()) for _ in range(2)), atol=1e-5)
+    before = counters["stats"]["unique_graphs"]
+    assert_stays_eager(updates, (fixed(make_batch()) for _ in range(3)), atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == before > 0, "no recompilation"
+    assert interaction_type() is None
+    batch = make_batch()
+    losses = {float(updates[1](batch.clone())["loss_noise"]) for _ in range(3)}
+    assert len(losses) == 3, "randomness is fresh"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("execution", ["compile", "cudagraph"])
+def test_gpu_modes_stay_eager(make_actor: MakeActor, make_batch: MakeBatch, execution: str) -> None:
+    updates = twins(make_actor, execution, "cuda")
+    assert_stays_eager(updates, (fixed(make_batch()).to("cuda") for _ in range(6)), atol=1e-4)

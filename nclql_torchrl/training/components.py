@@ -75,6 +75,18 @@ def make_actor(
     spec = env.action_spec_unbatched
     assert isinstance(spec, Bounded)
     (observation_dim,) = env.observation_spec_unbatched["observation"].shape
+    return make_actor_for(config, observation_dim, spec, device, loss, diagnostics)
+
+
+def make_actor_for(
+    config: TrainConfig,
+    observation_dim: int,
+    spec: Bounded,
+    device: torch.device,
+    loss: NCLQLLoss | None = None,
+    diagnostics: bool = False,
+) -> LangevinActor:
+    """:func:`make_actor` without an environment: for observations of a size and actions of a spec."""
 
     def critic() -> ValueOperator:
         network = NoiseConditionedQNetwork(

@@ -206,8 +206,13 @@ OPEN_NAMES = ("env.task_options.", "env.engine_options.")
 """Names under these are the task's and the engine's own, which check them."""
 
 RESUMABLE_KEYS = (
-    "collector.total_frames", "collector.device", "env.max_diverged_fraction", "logger.", "checkpoint.", "device"
-)  # fmt: skip
+    "collector.total_frames",
+    "collector.device",
+    "env.max_diverged_fraction",
+    "logger.",
+    "checkpoint.",
+    "device",
+)
 """What may change when a run is resumed; the rest is what makes it the same run."""
 
 

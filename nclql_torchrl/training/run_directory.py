@@ -120,6 +120,12 @@ class RunDirectory:
             raise FileNotFoundError(f"{path} {state}; expected the directory of an earlier nclql-train run.")
         return run
 
+    @classmethod
+    def containing(cls, path: str | Path) -> RunDirectory:
+        """The run that a run directory, or one of its checkpoints, belongs to."""
+        path = Path(path).resolve()
+        return cls(path if (path / "checkpoints").is_dir() else path.parent.parent)
+
     def has_checkpoint(self) -> bool:
         """Whether there is one to go on from; a run that was killed earlier begins anew."""
         return any(self.checkpoints.glob("checkpoint-*"))

@@ -156,10 +156,11 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
 
     stop.abandon = False
     batches = iter(collector)
-    published, warm = updates, False
+    warm = False
     with bar:
         while stop.signal_number is None:
             # Learn: utd_ratio updates per transition after the random ones, counted exactly.
+            previous_updates = updates
             while updates < updates_due(config, frames) and stop.signal_number is None:
                 learned = sample(replay_buffer)
                 window.add_update(update(learned))
@@ -168,9 +169,8 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
                     temperature.step(learned)
             if stop.signal_number is not None:
                 break  # what is owed of this batch is learned and reported when the run is resumed
-            if crossed(config.collector.weight_update_interval, published, updates):
+            if crossed(config.collector.weight_update_interval, previous_updates, updates):
                 collector.update_policy_weights_()
-                published = updates
 
             # Evaluate, report, save.
             evaluation_due = crossed(config.logger.eval_interval, reported_frames, frames) and updates > 0
