@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -130,7 +130,12 @@ class NCLQLUpdate:
                 batch.set(key, tensor)
             return batch
 
-        def first(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def gradients(total: Tensor) -> list[Tensor | None]:
+            found = torch.autograd.grad(total, trained, allow_unused=True)
+            # As the parameters lie in memory, for the optimizer's sake.
+            return [None if gradient is None else gradient.contiguous() for gradient in found]
+
+        def first(*tensors: Tensor) -> tuple[Any, ...]:
             batch = batch_of(tensors)
             loss_qvalue, metadata = loss.qvalue_loss(batch)
             total, loss_noise = loss_qvalue, torch.zeros_like(loss_qvalue)
@@ -138,16 +143,13 @@ class NCLQLUpdate:
                 loss_noise = loss.noise_loss(batch, metadata["pred_value"])
                 total = loss_qvalue + loss_noise
             means = (metadata[key].mean() for key in METADATA_KEYS)
-            gradients = torch.autograd.grad(total, trained, allow_unused=True)
             return (
-                metadata["td_error"], metadata["pred_value"], loss_qvalue.detach(), loss_noise.detach(), *means, *gradients
+                metadata["td_error"], metadata["pred_value"], loss_qvalue.detach(), loss_noise.detach(), *means, *gradients(total)
             )  # fmt: skip
 
-        def second(noise_target: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        def second(noise_target: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
             loss_noise = loss.noise_loss(batch_of(tensors), noise_target)
-            return loss_noise.detach(), *torch.autograd.grad(loss_noise, trained, allow_unused=True)
+            return loss_noise.detach(), *gradients(loss_noise)
 
-        def parameters() -> list[Tensor]:
-            return [*loss.parameters(), *loss.buffers(), *loss.target_qvalue_network_params.values(True, True)]
-
-        return Program(first, execution, parameters), Program(second, execution, parameters)
+        read = [*loss.parameters(), *loss.buffers()]
+        return Program(first, execution, read), Program(second, execution, read)
