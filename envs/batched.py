@@ -117,6 +117,9 @@ class BatchedEnv(EnvBase):
             shape=shape,
             device=self.device,
         )
+        # Made once: building it from the spec at every reset took longer than the rest of the reset.
+        self._nothing_done = self.full_done_spec.zero()
+        self._nothing_done.set("diverged", torch.zeros(column, dtype=torch.bool, device=self.device))
         self._observation = torch.zeros(observation.shape, device=self.device)
         self._prepared = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self._lost_action = torch.zeros(shape, dtype=torch.bool, pin_memory=self.device.type == "cuda")
@@ -154,12 +157,9 @@ class BatchedEnv(EnvBase):
         if lost.device.type == "cpu":
             self._lost_action = lost
         if self._lost_action.any():
-            environments = self._lost_action.nonzero().flatten().tolist()
+            error = lost_action_error(self._lost_action)
             self._lost_action.zero_()
-            raise ValueError(
-                f"The action of environment {', '.join(map(str, environments))} is not finite; expected numbers "
-                "within the action spec's bounds (those beyond are clipped)."
-            )
+            raise error
         if lost.device.type != "cpu":
             self._lost_action.copy_(lost, non_blocking=True)
 
@@ -180,9 +180,7 @@ class BatchedEnv(EnvBase):
 
     def _beginning(self) -> TensorDictBase:
         """The present observations, with no episode done; copied, since they may be handed out in parts."""
-        tensordict = self.full_done_spec.zero()
-        tensordict.set("diverged", torch.zeros_like(tensordict["done"]))
-        return tensordict.set("observation", self._observation.clone())
+        return self._nothing_done.clone().set("observation", self._observation.clone())
 
     def _set_seed(self, seed: int | None) -> None:
         self._engine.seed(0 if seed is None else seed)
@@ -257,3 +255,12 @@ class BatchedEnv(EnvBase):
         # Copied: what is handed out is written to by whoever gets it.
         self._observation = state_dict["observation"].to(self._observation, copy=True)
         self._prepared = state_dict["prepared"].to(self._prepared, copy=True)
+
+
+def lost_action_error(lost: torch.Tensor) -> ValueError:
+    """What to raise for actions that are not finite, given where they are, [num_envs]."""
+    environments = lost.nonzero().flatten().tolist()
+    return ValueError(
+        f"The action of environment {', '.join(map(str, environments))} is not finite; expected numbers within the "
+        "action spec's bounds (those beyond are clipped)."
+    )

@@ -160,7 +160,8 @@ class LangevinActor(TensorDictModuleBase):
         if isinstance(spec, Composite):
             spec = spec[action_key]
         low, high = _action_box(spec)
-        leaf = next(parameter for parameter in params.values(True, True) if parameter.is_floating_point())
+        # A critic without parameters, such as a known model, lives where the action's bounds are.
+        leaf = next((parameter for parameter in params.values(True, True) if parameter.is_floating_point()), low)
         self.sampler = LangevinSampler(
             low,
             high,

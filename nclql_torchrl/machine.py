@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""The container's, as it sees it."""
+
 
 def describe_machine(packages: Sequence[str] = ("torch", "torchrl", "tensordict")) -> dict[str, Any]:
     """The processor, the GPU if there is one, how busy the machine is, and the versions of packages.
@@ -34,6 +37,30 @@ def describe_machine(packages: Sequence[str] = ("torch", "torchrl", "tensordict"
         "python": platform.python_version(),
         **{package: found for package in packages if (found := _version(package)) is not None},
     }
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a program can still have on a device; None where the system does not tell.
+
+    On the CPU that is what the kernel expects to find without swapping, within the limit of the container.
+
+    Examples:
+        >>> (free_memory(torch.device("cpu")) or 1) > 0
+        True
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    try:
+        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, max(int(limit) - used, 0))
 
 
 def _processor() -> str:

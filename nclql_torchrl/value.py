@@ -168,6 +168,9 @@ class ModuleLevelValue(LevelValue):
             with parameters.to_module(module, preserve_module_state=False):
                 return module(tensordict.copy()).get(value_key).squeeze(-1)
 
+        if parent.stacked.is_empty():
+            # Nothing to vmap over: members without parameters are all the same.
+            return one_critic(parent.stacked).expand(*parent.stacked.batch_size, *action.shape[:-1])
         if parent.precision == "float32" or action.dtype == torch.float64:
             return torch.vmap(one_critic)(parent.stacked)
         with torch.autocast(action.device.type, torch.bfloat16):

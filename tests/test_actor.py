@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictParams
+from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, Composite, Unbounded
@@ -275,6 +276,20 @@ def test_the_previous_action_travels_through_a_collector(warm_start: bool) -> No
             previous = now["action"]
         assert 4 <= batch["is_init"].sum() <= 6
     collector.shutdown()
+
+
+@pytest.mark.parametrize("num_critics", [1, 2])
+def test_acts_on_a_critic_without_parameters(num_critics: int) -> None:
+    # A known model, say: its best action is the observation.
+    def value(observation: Tensor, action: Tensor) -> Tensor:
+        return -(action - observation).square().sum(-1, keepdim=True)
+
+    critic = TensorDictModule(value, in_keys=["observation", "action"], out_keys=["state_action_value"])
+    actor = LangevinActor([critic] * num_critics, spec=Bounded(-1.0, 1.0, torch.Size([2])), num_particles=3)
+    observation = torch.rand(50, 2) - 0.5
+    # The last steps' noise is 0.01 per dimension.
+    action = actor(TensorDict({"observation": observation}, [50]))["action"]
+    assert (action - observation).abs().max() < 0.1
 
 
 def test_acts_inside_a_collector() -> None:

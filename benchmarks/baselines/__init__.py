@@ -1,0 +1,1 @@
+"""Other people's methods, used only to measure this project against them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -15,6 +14,7 @@ from nclql_torchrl.training import evaluate
 from nclql_torchrl.training.components import make_device
 from nclql_torchrl.training.config import ConfigError, check_override_keys
 from nclql_torchrl.training.evaluation import SEED_OFFSET, load_policy
+from nclql_torchrl.training.run_directory import RunDirectory
 from nclql_torchrl.training.video import VideoError, record_episode
 
 
@@ -24,6 +24,8 @@ class EvaluateConfig:
 
     checkpoint: str = MISSING
     """A run directory (its newest checkpoint is taken) or a checkpoint directory."""
+    best: bool = False
+    """Of a run directory, take the policy of the best evaluation instead."""
     episodes: int = 10
     seed: int | None = None
     """Of the environments; null: the seeds on which the run itself was evaluated."""
@@ -59,7 +61,7 @@ def _evaluate(composed: DictConfig) -> None:
     assert isinstance(options, EvaluateConfig)
     if options.episodes < 1:
         raise ConfigError(f"episodes is {options.episodes}; expected at least 1.")
-    config, actor = load_policy(options.checkpoint, make_device(options.device))
+    config, actor = load_policy(options.checkpoint, make_device(options.device), best=options.best)
     task, seed = config.env.task, config.seed + SEED_OFFSET if options.seed is None else options.seed
     result = evaluate(
         actor,
@@ -76,15 +78,9 @@ def _evaluate(composed: DictConfig) -> None:
         f"{result.discounted_return:.2f}, overestimation {result.overestimation:.2f}"
     )
     if options.video:
-        path = _run_directory(Path(options.checkpoint)) / "video.mp4"
+        path = RunDirectory.containing(options.checkpoint).path / "video.mp4"
         record_episode(actor, task, path, seed, config.env.task_options)
         print(f"video: {path}")
-
-
-def _run_directory(path: Path) -> Path:
-    """The run that a run directory or checkpoint path belongs to."""
-    path = path.resolve()
-    return path if (path / "checkpoints").is_dir() else path.parent.parent
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def draw(profile: dict[str, Any], path: Path) -> None:
     """Draws a profile's rows.
 
     Args:
-        profile: as ``report.append`` returns it.
+        profile: as ``report.write`` returns it.
         path: of the image; its suffix decides the format.
     """
     rows = profile["rows"]

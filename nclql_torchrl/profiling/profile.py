@@ -56,7 +56,7 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
     """
     validate(config)
     path = Path(config.run_dir) if config.run_dir else Path("runs", f"profile-{datetime.now():%Y%m%d-%H%M%S}")
-    report.read(path)  # what cannot be appended to is an error now, not after the measurement
+    before = report.read(path)  # what cannot be added to is an error now, not after the measurement
     runnable, skipped = availability.split(settings(config))
     subject = None
     if runnable:
@@ -77,8 +77,6 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
             on_device = subject.to(torch.device(block[0].device))
             rows += _measure(block, on_device, reference, config, None if rows else trace, skipped, bar)
     _add_target_quality(rows, subject, config)
-    if subject.trained and config.episodes:
-        _add_returns(rows, subject, config)
 
     run = {
         "time": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
@@ -95,7 +93,11 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
         },
         "skipped": skipped,
     }
-    whole = report.append(path, run, rows)
+    whole = report.write(path, before, run, rows)
+    if subject.trained and config.episodes:
+        for _ in _add_returns(rows, subject, config):
+            # Episodes take minutes a setting: each is kept at once.
+            whole = report.write(path, before, run, rows)
     draw(whole, path / "profile.png")
     return {"run_dir": str(path), "rows": rows, "skipped": skipped, "trace": None if trace is None else str(trace)}
 
@@ -178,8 +180,9 @@ def _add_target_quality(rows: Sequence[Row], subject: Subject, config: ProfileCo
         row |= found[chain]
 
 
-def _add_returns(rows: Sequence[Row], subject: Subject, config: ProfileConfig) -> None:
-    """Adds the return of the policy with each schedule: eager, since every mode computes the same actions."""
+def _add_returns(rows: Sequence[Row], subject: Subject, config: ProfileConfig) -> Iterator[Row]:
+    """Adds the return of the policy with each schedule: eager, since every mode computes the same actions. Yields every
+    row that it completes."""
     found: dict[tuple[int, int, int, str, str, str], Row] = {}
     for row in tqdm(rows, desc="episodes", dynamic_ncols=True):
         key = (row["levels"], row["steps_per_level"], row["particles"], row["precision"], row["device"], row["kernel"])
@@ -194,9 +197,11 @@ def _add_returns(rows: Sequence[Row], subject: Subject, config: ProfileConfig) -
                 seed=run.seed + SEED_OFFSET,
                 gamma=run.optim.gamma,
                 reward_scale=run.optim.reward_scale,
+                task_options=run.env.task_options,
             )
             found[key] = {"return_mean": result.mean, "return_std": result.std}
         row |= found[key]
+        yield row
 
 
 def _name(setting: Setting) -> str:

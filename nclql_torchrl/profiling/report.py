@@ -78,21 +78,24 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else found["processor"], **found}
 
 
-def append(path: Path, run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Adds a run and its rows to the profile in a directory, and writes profile.json and profile.csv anew.
+def write(
+    path: Path, before: dict[str, Any] | None, run: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Writes profile.json and profile.csv: what was there before, and a run with its rows.
 
     Args:
-        path: the directory; a profile that is there already is kept.
+        path: the directory.
+        before: what :func:`read` found in it.
         run: what its rows have in common.
         rows: without their ``run``.
 
     Returns:
         The whole profile: ``{"columns": ..., "runs": [...], "rows": [...]}``.
     """
-    profile = read(path) or {"columns": COLUMNS, "runs": [], "rows": []}
-    number = len(profile["runs"])
-    profile["runs"].append(run)
-    profile["rows"].extend({name: {"run": number, **row}.get(name) for name in COLUMNS} for row in rows)
+    before = before or {"runs": [], "rows": []}
+    number = len(before["runs"])
+    added = [{name: {"run": number, **row}.get(name) for name in COLUMNS} for row in rows]
+    profile = {"columns": COLUMNS, "runs": [*before["runs"], run], "rows": [*before["rows"], *added]}
     path.mkdir(parents=True, exist_ok=True)
     write_atomically(path / "profile.json", json.dumps(profile, indent=1, allow_nan=False) + "\n")
     text = io.StringIO()

@@ -1,8 +1,9 @@
 """Checkpoints: complete, written atomically, read without executing anything they contain.
 
-A checkpoint is a directory of torchrl.checkpoint (JSON and raw memory-mapped tensors, no pickle) with an
+A checkpoint is a directory of torchrl.checkpoint (JSON and archives of raw tensors, no pickle) with an
 ``inventory.json`` of file sizes beside its manifest. It is written under a temporary name and renamed, so a directory
 with its final name is whole; one that was damaged later is recognised by the inventory before anything is read.
+docs/checkpoints.md says what is in it.
 """
 
 from __future__ import annotations
@@ -10,68 +11,49 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict
-from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
-from torchrl.collectors import BaseCollector
-from torchrl.data import TensorDictReplayBuffer
+from torchrl.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointOptions,
+    CheckpointRotation,
+    StateDictCheckpointAdapter,
+)
 
 INVENTORY = "inventory.json"
+ARCHIVE = ".tdz"
 SAFE_SUFFIXES = (".json", ".memmap")
-"""All that a checkpoint may contain. tensordict would unpickle a side file of any other kind."""
+"""All that a checkpoint and the archives in it may contain. tensordict would unpickle a side file of any other kind."""
+
+REPLAY = "replay_buffer"
+"""Name of the component that is written incrementally: a :class:`~nclql_torchrl.training.replay_state.ReplayState`."""
+
+POLICY = ("config", "loss")
+"""What acting needs: the components of a best checkpoint."""
+
+BEST_METRIC = "evaluation_return"
 
 
-class CollectorState:
-    """State of a collector in this process: its environments, the observation they are at, and its counters.
+def make_checkpoint(**components: Any) -> Checkpoint:
+    """A checkpoint of components: JSON values, and objects with ``state_dict`` or ``dump``.
 
-    TorchRL's own ``Collector.state_dict`` leaves out the environments' state and the step that comes next, so a
-    restored collector would begin new episodes; here it goes on in the middle of the old ones.
+    State dicts go into archives, which are written byte after byte. TorchRL's default, memory-mapped files, would kill
+    the process (SIGBUS) where the disk is full; an archive raises OSError.
+
+    Examples:
+        >>> make_checkpoint(network=torch.nn.Linear(2, 1), config={"seed": 3}).components["config"]
+        {'seed': 3}
     """
-
-    def __init__(self, collector: BaseCollector) -> None:
-        self.collector = collector
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nested mapping of tensors and numbers."""
-        collector: Any = self.collector
-        return {
-            "environment": collector.env.base_env.state_dict(),
-            "carrier": collector._carrier.to_dict(),
-            "frames": collector._frames,
-            "iter": collector._iter,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict` into a collector of the same environments."""
-        collector: Any = self.collector
-        collector.env.base_env.load_state_dict(state["environment"])
-        collector._carrier.update(TensorDict(state["carrier"], collector.env.batch_size))
-        collector.load_state_dict({"frames": state["frames"], "iter": state["iter"]}, strict=False)
-
-
-class ReplayState:
-    """Content and write position of a replay buffer.
-
-    ``ReplayBuffer.dumps`` writes the whole capacity and a pickle; this is only what is filled, as raw tensors.
-    """
-
-    def __init__(self, replay_buffer: TensorDictReplayBuffer) -> None:
-        self.replay_buffer = replay_buffer
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nested mapping of tensors [len(replay_buffer), ...] and numbers."""
-        transitions: Any = self.replay_buffer.storage[: len(self.replay_buffer)]
-        return {"transitions": transitions.to_dict(), "writer": dict(self.replay_buffer.writer.state_dict())}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`: every transition at the index it had, so that the same draws sample the same."""
-        self.replay_buffer.empty()
-        self.replay_buffer.extend(TensorDict(state["transitions"]).auto_batch_size_(1))
-        self.replay_buffer.writer.load_state_dict(state["writer"])
+    checkpoint = Checkpoint()
+    for name, component in components.items():
+        archived = hasattr(component, "state_dict")
+        checkpoint.register(name, component, adapter=StateDictCheckpointAdapter("archive") if archived else None)
+    return checkpoint
 
 
 def save_checkpoint(
@@ -81,24 +63,75 @@ def save_checkpoint(
 
     Args:
         checkpoint: the registered components.
-        directory: the run's checkpoint directory.
+        directory: the run's checkpoint directory, which nobody else writes to.
         frames: transitions collected so far; a checkpoint that exists for this number is kept as it is.
         keep: how many to keep.
         metadata: JSON values for the manifest; ``task`` is compared on loading.
 
     Returns:
         Path of the checkpoint.
+
+    Raises:
+        OSError: if it cannot be written, such as on a full disk; then the directory is as it was.
     """
+    rotation = CheckpointRotation(directory, keep_last=keep)
     path = directory / f"checkpoint-{frames:012d}"
     if not path.exists():
-        temporary = directory / f".{path.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        checkpoint.save(temporary, metadata={**metadata, "frames": frames})
+        options, latest = {}, rotation.latest()
+        if REPLAY in checkpoint and latest is not None:
+            options[REPLAY] = CheckpointOptions(save_kwargs={"previous": _component(latest, REPLAY)})
+        _write(checkpoint, path, metadata={**metadata, "frames": frames}, component_options=options)
+    rotation.prune()
+    return path
+
+
+def save_best(
+    checkpoint: Checkpoint, directory: Path, *, frames: int, evaluation_return: float, metadata: Mapping[str, Any]
+) -> Path | None:
+    """Writes ``directory/best-<frames>``, the policy alone, if no evaluation has returned as much.
+
+    Returns:
+        Path of the checkpoint, or None if there is a better one.
+
+    Raises:
+        OSError: if it cannot be written; then the directory is as it was.
+    """
+    rotation = CheckpointRotation(directory, keep_last=1, prefix="best")
+    best, path = rotation.latest(), directory / f"best-{frames:012d}"
+    if best is not None and Checkpoint.manifest(best)["metadata"][BEST_METRIC] >= evaluation_return:
+        return None
+    if not path.exists():
+        metadata = {**metadata, "frames": frames, BEST_METRIC: evaluation_return}
+        _write(checkpoint, path, metadata=metadata, components=POLICY)
+    rotation.prune()
+    return path
+
+
+def _write(checkpoint: Checkpoint, path: Path, **options: Any) -> None:
+    """Saves under a temporary name, and renames when everything is on the disk."""
+    for leftover in path.parent.glob(".*"):
+        # Of a process that was killed: whoever writes here is the only one.
+        shutil.rmtree(leftover)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        checkpoint.save(temporary, **options)
         sizes = {str(file.relative_to(temporary)): file.stat().st_size for file in _files(temporary)}
         (temporary / INVENTORY).write_text(json.dumps(sizes))
+        for file in _files(temporary):
+            _sync(file)
         os.replace(temporary, path)
-    CheckpointRotation(directory, keep_last=keep).prune()
-    return path
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or directory would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_checkpoint(
@@ -138,12 +171,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a checkpoint; expected a directory written by nclql-train.")
-    for file in _files(path):
-        if file.suffix not in SAFE_SUFFIXES or file.is_symlink():
-            raise CheckpointError(
-                f"Checkpoint {path} contains {file.relative_to(path)}; expected only {' and '.join(SAFE_SUFFIXES)} "
-                "files. It is refused, because other formats can execute code when they are read."
-            )
     try:
         sizes = json.loads((path / INVENTORY).read_text())
     except (OSError, ValueError) as error:
@@ -158,6 +185,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"Checkpoint {path} is truncated: {name} {state}; expected {size} bytes. Remove this directory to fall "
                 "back to the checkpoint before it."
+            )
+    for name in _contents(path):
+        if not name.endswith(SAFE_SUFFIXES):
+            raise CheckpointError(
+                f"Checkpoint {path} contains {name}; expected only {' and '.join(SAFE_SUFFIXES)} files, and archives "
+                "of them. It is refused, because other formats can execute code when they are read."
             )
     return Checkpoint.manifest(path)["metadata"]
 
@@ -180,6 +213,39 @@ def latest_checkpoint(directory: Path) -> Path:
     if latest is None:
         raise FileNotFoundError(f"{directory} holds no checkpoint; the run stopped before it wrote its first one.")
     return latest
+
+
+def best_checkpoint(directory: Path) -> Path:
+    """The policy of the best evaluation, in a run's checkpoint directory.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    best = CheckpointRotation(directory, keep_last=1, prefix="best").latest()
+    if best is None:
+        raise FileNotFoundError(f"{directory} holds no best checkpoint; the run stopped before its first evaluation.")
+    return best
+
+
+def _component(path: Path, name: str) -> Path:
+    """Where a checkpoint keeps a component."""
+    return path / Checkpoint.manifest(path)["components"][name]["path"]
+
+
+def _contents(path: Path) -> Iterator[str]:
+    """Names of all files of a checkpoint, with those in its archives; of a link, what makes it unsafe."""
+    for file in _files(path):
+        name = str(file.relative_to(path))
+        if file.is_symlink():
+            yield f"{name} -> {os.readlink(file)} (a link)"
+        elif file.suffix == ARCHIVE:
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    yield from (f"{name}/{member}" for member in archive.namelist())
+            except zipfile.BadZipFile as error:
+                raise CheckpointError(f"Checkpoint {path} is damaged: {name} is no archive ({error}).") from error
+        else:
+            yield name
 
 
 def _files(path: Path) -> list[Path]:

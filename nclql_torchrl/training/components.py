@@ -1,17 +1,17 @@
-"""From a configuration to the parts of a run: environment, actor, loss, update, collector, replay buffer."""
+"""From a configuration to the parts of a run: environment, actor, loss, update, replay buffer."""
 
 from __future__ import annotations
 
 import torch
 from tensordict import TensorDictBase
 from torch.optim import Adam
-from torchrl.collectors import Collector
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEnv
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 
 from envs import make_env
+from envs.divergence import EndDiverged
 from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.critic import NoiseConditionedQNetwork
 from nclql_torchrl.loss import NCLQLLoss
@@ -24,8 +24,8 @@ INITIAL_W = 500.0
 """Where ``sampler.w=auto`` starts: the authors' value."""
 
 
-def make_device(name: str) -> torch.device:
-    """The device of ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+def make_device(name: str, key: str = "device") -> torch.device:
+    """The device of ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``, the value of the configuration's ``key``.
 
     Raises:
         ConfigError: for a device that this machine does not have.
@@ -35,24 +35,29 @@ def make_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda or cuda:<index>.") from None
+        raise ConfigError(f"{key} is {name!r}; expected auto, cpu, cuda or cuda:<index>.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices.")
+        raise ConfigError(f"{key} is {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices.")
     return device
 
 
 def make_train_env(config: TrainConfig, device: torch.device) -> TransformedEnv:
-    """The training environments, batch size [num_envs], with episode returns and lengths."""
+    """The training environments, batch size [num_envs], with episode returns and lengths.
+
+    Whatever the engine, a simulation that is lost ends its episode, flagged in ("next", "diverged"). Where workers
+    collect, in environments of their own, this one only tells the sizes: its batch size is [1].
+    """
     env = make_env(
         config.env.task,
-        config.env.num_envs,
+        config.env.num_envs if config.collector.backend == "direct" else 1,
         engine=config.env.engine,
         device=device,
         seed=config.seed,
         engine_options=config.env.engine_options,
         **config.env.task_options,
     )
-    return TransformedEnv(env, Compose(RewardSum(), StepCounter()))  # pyright: ignore[reportCallIssue]
+    flags = [] if "diverged" in env.observation_spec else [EndDiverged()]
+    return TransformedEnv(env, Compose(*flags, RewardSum(), StepCounter()))  # pyright: ignore[reportCallIssue]
 
 
 def make_actor(
@@ -70,6 +75,18 @@ def make_actor(
     spec = env.action_spec_unbatched
     assert isinstance(spec, Bounded)
     (observation_dim,) = env.observation_spec_unbatched["observation"].shape
+    return make_actor_for(config, observation_dim, spec, device, loss, diagnostics)
+
+
+def make_actor_for(
+    config: TrainConfig,
+    observation_dim: int,
+    spec: Bounded,
+    device: torch.device,
+    loss: NCLQLLoss | None = None,
+    diagnostics: bool = False,
+) -> LangevinActor:
+    """:func:`make_actor` without an environment: for observations of a size and actions of a spec."""
 
     def critic() -> ValueOperator:
         network = NoiseConditionedQNetwork(
@@ -131,22 +148,6 @@ def make_update(config: TrainConfig, loss: NCLQLLoss) -> NCLQLUpdate:
     optimizer = Adam(loss.parameters(), lr=config.optim.lr)
     target_updater = SoftUpdate(loss, eps=config.optim.target_update_polyak)
     return NCLQLUpdate(loss, optimizer, target_updater, mode=config.optim.update)  # pyright: ignore[reportArgumentType]
-
-
-def make_collector(config: TrainConfig, env: EnvBase, actor: LangevinActor, device: torch.device) -> Collector:
-    """Endless collection, [num_envs, time] transitions at a time; the training loop decides when to stop."""
-    return Collector(
-        env,
-        actor,
-        frames_per_batch=config.collector.frames_per_batch or config.env.num_envs,
-        total_frames=-1,
-        init_random_frames=config.collector.init_random_frames,
-        device=device,
-        # Trajectory numbers cost a host synchronisation per step on a GPU, and nothing here reads them.
-        track_traj_ids=False,
-        # A warm-started actor carries its previous action, as a recurrent policy does its hidden state.
-        auto_register_policy_transforms=actor.warm_start,
-    )
 
 
 def make_replay_buffer(config: TrainConfig, device: torch.device) -> TensorDictReplayBuffer:

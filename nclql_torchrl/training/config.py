@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -19,6 +20,7 @@ from nclql_torchrl.update import UpdateMode
 from nclql_torchrl.value import EnsembleReduction, Precision
 
 LOGGER_BACKENDS = ("csv", "tensorboard", "wandb", "none")
+COLLECTOR_BACKENDS = ("direct", "async", "ray")
 
 
 class ConfigError(ValueError):
@@ -34,11 +36,13 @@ class EnvConfig:
     engine: str = "auto"
     """auto (mjx on a GPU, mujoco on a CPU; gymnasium for tasks that they do not have), mujoco, mjx or gymnasium."""
     num_envs: int = 5
-    """Environments stepped together."""
+    """Environments stepped together, in every worker."""
     task_options: dict[str, Any] = field(default_factory=dict)
     """Options of the task's constructor, for training and evaluation."""
     engine_options: dict[str, Any] = field(default_factory=dict)
     """Options of the engine, such as solver of mjx or num_threads of mujoco."""
+    max_diverged_fraction: float = 0.01
+    """Share of a log interval's transitions that may be lost to simulations that diverge; beyond it the run stops."""
 
 
 @dataclass
@@ -51,6 +55,14 @@ class CollectorConfig:
     """Uniformly random actions, and no updates, before learning starts."""
     frames_per_batch: int | None = None
     """Transitions between two rounds of updates, a multiple of num_envs; null: one vector step, num_envs."""
+    backend: str = "direct"
+    """direct (in turn with the updates), or at the same time: async (processes here) or ray (anywhere in a cluster)."""
+    num_workers: int = 1
+    """Processes of async and ray, each with env.num_envs environments."""
+    device: str = "cpu"
+    """Where the workers of async and ray simulate and act: auto, cpu, cuda or cuda:<index>."""
+    weight_update_interval: int = 1
+    """Updates between two publications of the weights to the workers of async and ray."""
 
 
 @dataclass
@@ -193,7 +205,14 @@ class TrainConfig:
 OPEN_NAMES = ("env.task_options.", "env.engine_options.")
 """Names under these are the task's and the engine's own, which check them."""
 
-RESUMABLE_KEYS = ("collector.total_frames", "logger.", "checkpoint.", "device")
+RESUMABLE_KEYS = (
+    "collector.total_frames",
+    "collector.device",
+    "env.max_diverged_fraction",
+    "logger.",
+    "checkpoint.",
+    "device",
+)
 """What may change when a run is resumed; the rest is what makes it the same run."""
 
 
@@ -211,10 +230,13 @@ def validate(config: TrainConfig) -> None:
     choose("sampler.execution", config.sampler.execution, get_args(Execution))
     choose("sampler.precision", config.sampler.precision, get_args(Precision))
     choose("logger.backend", config.logger.backend, LOGGER_BACKENDS)
+    choose("collector.backend", config.collector.backend, COLLECTOR_BACKENDS)
 
     positive_integers = {
         "env.num_envs": config.env.num_envs,
         "collector.total_frames": config.collector.total_frames,
+        "collector.num_workers": config.collector.num_workers,
+        "collector.weight_update_interval": config.collector.weight_update_interval,
         "replay_buffer.size": config.replay_buffer.size,
         "optim.batch_size": config.optim.batch_size,
         "network.num_critics": config.network.num_critics,
@@ -259,6 +281,10 @@ def validate(config: TrainConfig) -> None:
     for name, value in (("gamma", config.optim.gamma), ("target_update_polyak", config.optim.target_update_polyak)):
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"optim.{name} is {value:g}; expected a number in [0, 1).")
+    if not 0.0 <= config.env.max_diverged_fraction <= 1.0:
+        raise ConfigError(
+            f"env.max_diverged_fraction is {config.env.max_diverged_fraction:g}; expected a share in [0, 1]."
+        )
     if not 0 <= config.sampler.start_level < config.sampler.num_levels:
         raise ConfigError(
             f"sampler.start_level is {config.sampler.start_level}; expected a level, 0 to "
@@ -296,6 +322,17 @@ def validate(config: TrainConfig) -> None:
             f"collector.frames_per_batch is {frames_per_batch}; expected a multiple of env.num_envs ({num_envs}), "
             f"such as {nearest}."
         )
+
+    collector = config.collector
+    if collector.backend == "direct":
+        for name, value, default in (("num_workers", collector.num_workers, 1), ("device", collector.device, "cpu")):
+            if value != default:
+                raise ConfigError(
+                    f"collector.{name} is {value}, but there are no workers with collector.backend=direct; expected "
+                    f"{default}, or collector.backend=async."
+                )
+    if collector.backend == "ray" and importlib.util.find_spec("ray") is None:
+        raise ConfigError("collector.backend is 'ray', which is not installed; pip install 'nclql-torchrl[ray]'.")
 
 
 def check_override_keys(overrides: Sequence[str], schema: type = TrainConfig) -> None:

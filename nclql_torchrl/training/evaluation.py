@@ -17,7 +17,7 @@ from torchrl.modules.utils import get_env_transforms_from_module
 
 from envs import make_env
 from nclql_torchrl.actor import LangevinActor
-from nclql_torchrl.training.checkpoint import latest_checkpoint, load_checkpoint, read_config
+from nclql_torchrl.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, read_config
 from nclql_torchrl.training.components import make_actor, make_loss
 from nclql_torchrl.training.config import TrainConfig, load_config
 
@@ -97,12 +97,13 @@ def evaluate(
         env.close()
 
 
-def load_policy(path: str | Path, device: torch.device) -> tuple[TrainConfig, LangevinActor]:
+def load_policy(path: str | Path, device: torch.device, best: bool = False) -> tuple[TrainConfig, LangevinActor]:
     """The policy of a run or of one of its checkpoints, without its replay buffer or optimizer.
 
     Args:
         path: a run directory (its newest checkpoint is taken) or a checkpoint directory.
         device: where the critics go.
+        best: of a run directory, take the policy of the best evaluation instead.
 
     Returns:
         The run's configuration, and the actor with ``diagnostics=True``.
@@ -117,7 +118,7 @@ def load_policy(path: str | Path, device: torch.device) -> tuple[TrainConfig, La
             f"checkpoint {path} does not exist; expected a run directory or one of its checkpoints."
         )
     if (path / "checkpoints").is_dir():
-        path = latest_checkpoint(path / "checkpoints")
+        path = (best_checkpoint if best else latest_checkpoint)(path / "checkpoints")
     config = load_config(read_config(path))
     env = make_env(config.env.task, 1, engine="gymnasium", device=device, seed=config.seed, **config.env.task_options)
     loss = make_loss(config, make_actor(config, env, device))

@@ -19,13 +19,18 @@ UPDATE_METRICS = {
 
 RECENT_EPISODES = 20
 
+DIVERGED = "diverged_updates"
+
 
 class MetricsWindow:
     """Means since the last row. Update metrics are added up where they are, so that no step waits for a GPU."""
 
     def __init__(self) -> None:
         self.updates = 0
-        self.diverged: int | None = None
+        self.diverged = 0
+        """Simulations that were lost, over the whole run."""
+        self.recently_diverged = 0
+        """Those of them that were lost since the last row."""
         self.returns: list[float] = []
         self.lengths: list[int] = []
         self._sums: TensorDictBase | None = None
@@ -33,6 +38,7 @@ class MetricsWindow:
     def add_update(self, metrics: TensorDict) -> None:
         """Adds the scalars of one update."""
         chosen = metrics.select(*UPDATE_METRICS)
+        chosen[DIVERGED] = (~(metrics["loss_qvalue"] + metrics["loss_noise"]).isfinite()).float()
         self._sums = chosen if self._sums is None else self._sums + chosen
         self.updates += 1
 
@@ -41,10 +47,19 @@ class MetricsWindow:
         self.returns = [*self.returns, *returns.flatten().tolist()][-RECENT_EPISODES:]
         self.lengths = [*self.lengths, *lengths.flatten().tolist()][-RECENT_EPISODES:]
 
-    def add_diverged(self, diverged: Tensor | None) -> None:
-        """Counts simulations that were lost, over the whole run; None where the engine does not tell."""
-        if diverged is not None:
-            self.diverged = (self.diverged or 0) + int(diverged.sum())
+    def add_diverged(self, number: int) -> None:
+        """Counts simulations that were lost."""
+        self.diverged += number
+        self.recently_diverged += number
+
+    def first_diverged_update(self, updates: int) -> int | None:
+        """Number of the first update since the last row whose losses are not finite; None if all are.
+
+        Args:
+            updates: number of the last one. Parameters that are not finite stay so: all after the first are like it.
+        """
+        diverged = 0 if self._sums is None else int(self._sums[DIVERGED])
+        return updates - diverged + 1 if diverged else None
 
     def means(self) -> dict[str, float]:
         """Column -> mean, for what was measured."""
@@ -52,8 +67,7 @@ class MetricsWindow:
         if self.returns:
             row["train_return"] = sum(self.returns) / len(self.returns)
             row["train_length"] = sum(self.lengths) / len(self.lengths)
-        if self.diverged is not None:
-            row["diverged"] = self.diverged
+        row["diverged"] = self.diverged
         if self._sums is not None:
             sums = self._sums.cpu()
             row |= {column: float(sums[key]) / self.updates for key, column in UPDATE_METRICS.items()}
@@ -61,7 +75,7 @@ class MetricsWindow:
 
     def clear(self) -> None:
         """Starts the next row. Recent episodes stay: most rows of a slow task see no episode end."""
-        self.updates, self._sums = 0, None
+        self.updates, self.recently_diverged, self._sums = 0, 0, None
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -69,6 +83,7 @@ class MetricsWindow:
         return {
             "updates": self.updates,
             "diverged": self.diverged,
+            "recently_diverged": self.recently_diverged,
             "returns": self.returns,
             "lengths": self.lengths,
             "sums": sums,
@@ -77,5 +92,6 @@ class MetricsWindow:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.updates, self.diverged = state["updates"], state["diverged"]
+        self.recently_diverged = state["recently_diverged"]
         self.returns, self.lengths = list(state["returns"]), list(state["lengths"])
         self._sums = TensorDict(dict(state["sums"])) if state["sums"] else None

@@ -6,14 +6,17 @@
     metrics.csv          one row per log interval
     summary.json         the final evaluation
     learning_curve.png   evaluation and training returns over frames
-    checkpoints/         the newest checkpoints
+    checkpoints/         the newest checkpoints, and the policy of the best evaluation
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
+import io
 import json
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -34,6 +37,7 @@ METRICS: tuple[str, ...] = (
     "train_return",
     "train_length",
     "diverged",
+    "lost_frames",
     "evaluation_return",
     "evaluation_return_std",
     "evaluation_length",
@@ -56,15 +60,20 @@ METRICS: tuple[str, ...] = (
 """Columns of metrics.csv; a cell is empty where nothing was measured."""
 
 
+LOCK = ".lock"
+
+
 class RunDirectory:
     """Paths and files of one run. ``create`` starts a new one, ``open`` an existing one.
+
+    Who writes to it holds its lock; as a context manager it releases the lock at the end.
 
     Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as parent:
-        ...     run = RunDirectory.create(TrainConfig(run_dir=f"{parent}/run"))
-        ...     run.append_metrics({"frames": 5, "updates": 1})
-        ...     run.read_metrics()[0]["frames"]
+        ...     with RunDirectory.create(TrainConfig(run_dir=f"{parent}/run")) as run:
+        ...         run.append_metrics({"frames": 5, "updates": 1})
+        ...         run.read_metrics()[0]["frames"]
         5.0
     """
 
@@ -76,31 +85,26 @@ class RunDirectory:
         self.learning_curve = path / "learning_curve.png"
         self.checkpoints = path / "checkpoints"
 
+        self._lock: io.TextIOWrapper | None = None
+        self._unwritten = ""
+
     @classmethod
     def create(cls, config: TrainConfig) -> RunDirectory:
-        """Makes the directory and writes config.yaml.
+        """Makes the directory, locks it, and writes config.yaml.
 
         Raises:
             FileExistsError: if the path is taken, by a run or by anything else.
+            BlockingIOError: if another process is making it at this moment.
         """
         path = _automatic_path(config) if config.run_dir is None else Path(config.run_dir)
-        if path.exists() and not path.is_dir():
-            raise FileExistsError(f"run_dir {path} is a file; expected a new or empty directory.")
-        if (path / "config.yaml").exists():
-            raise FileExistsError(
-                f"run_dir {path} already holds a run; continue it with resume={path}, or choose another run_dir."
-            )
-        if path.exists() and any(path.iterdir()):
-            raise FileExistsError(
-                f"run_dir {path} exists and is not a run (it has no config.yaml); expected a new or empty directory."
-            )
+        refuse_taken(path)
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path.resolve())
-        run.checkpoints.mkdir()
-        with run.metrics.open("w", newline="") as file:
-            csv.writer(file).writerow(METRICS)
-        # config.yaml last: a directory that has one is complete.
+        run._acquire()
+        refuse_taken(path)  # by somebody who was quicker
+        # A directory with a config.yaml is a run; the rest is made where it is missing.
         run.write_config(config)
+        run._complete()
         return run
 
     @classmethod
@@ -116,15 +120,83 @@ class RunDirectory:
             raise FileNotFoundError(f"{path} {state}; expected the directory of an earlier nclql-train run.")
         return run
 
+    @classmethod
+    def containing(cls, path: str | Path) -> RunDirectory:
+        """The run that a run directory, or one of its checkpoints, belongs to."""
+        path = Path(path).resolve()
+        return cls(path if (path / "checkpoints").is_dir() else path.parent.parent)
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is one to go on from; a run that was killed earlier begins anew."""
+        return any(self.checkpoints.glob("checkpoint-*"))
+
+    def lock(self) -> None:
+        """Makes this the only process that trains here, until it ends in any way, or :meth:`unlock`.
+
+        Raises:
+            BlockingIOError: if another process does.
+        """
+        self._acquire()
+        self._complete()
+
+    def _acquire(self) -> None:
+        file = (self.path / LOCK).open("a+")
+        try:
+            # The kernel's lock, which no dead process can hold.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise BlockingIOError(
+                f"run_dir {self.path} is in use by {holder}; expected a run that nobody is training. Wait for it, stop "
+                "it, or choose another run_dir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._lock = file
+
+    def unlock(self) -> None:
+        """Lets others train here."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.unlock()
+
+    def _complete(self) -> None:
+        """Makes what is missing beside config.yaml: a process may have been killed before it did."""
+        self.checkpoints.mkdir(exist_ok=True)
+        if not self.metrics.exists():
+            write_atomically(self.metrics, ",".join(METRICS) + "\r\n")
+
     def write_config(self, config: TrainConfig) -> None:
         """Writes config.yaml."""
         resolved = replace(config, run_dir=str(self.path), resume=None)
         write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.structured(resolved)))
 
     def append_metrics(self, row: Mapping[str, float]) -> None:
-        """Adds a row to metrics.csv. Names must be among :data:`METRICS`."""
-        with self.metrics.open("a", newline="") as file:
-            csv.DictWriter(file, METRICS).writerow(row)
+        """Adds a row to metrics.csv. Names must be among :data:`METRICS`.
+
+        Raises:
+            OSError: if it cannot be written, such as on a full disk; then it is written before the next row.
+        """
+        line = io.StringIO(newline="")
+        csv.DictWriter(line, METRICS).writerow(row)
+        self._unwritten += line.getvalue()
+        size = self.metrics.stat().st_size
+        try:
+            with self.metrics.open("a", newline="") as file:
+                file.write(self._unwritten)
+        except OSError:
+            os.truncate(self.metrics, size)
+            raise
+        self._unwritten = ""
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Complete rows of metrics.csv, empty cells left out."""
@@ -167,6 +239,24 @@ class RunDirectory:
         temporary = self.learning_curve.with_suffix(".tmp.png")
         figure.savefig(temporary, dpi=150)
         os.replace(temporary, self.learning_curve)
+
+
+def refuse_taken(path: Path) -> None:
+    """Checks that a new run can be written at ``path``. Hidden files do not count.
+
+    Raises:
+        FileExistsError: if the path is taken, by a run or by anything else.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"run_dir {path} is a file; expected a new or empty directory.")
+    if (path / "config.yaml").exists():
+        raise FileExistsError(
+            f"run_dir {path} already holds a run; continue it with resume={path}, or choose another run_dir."
+        )
+    if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise FileExistsError(
+            f"run_dir {path} exists and is not a run (it has no config.yaml); expected a new or empty directory."
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -14,24 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.record.loggers import Logger, get_logger
 from tqdm import tqdm
 
 from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.training.checkpoint import (
-    CollectorState,
-    ReplayState,
     latest_checkpoint,
     load_checkpoint,
+    make_checkpoint,
+    save_best,
     save_checkpoint,
 )
+from nclql_torchrl.training.collection import collection_metrics, collector_state, make_collector
 from nclql_torchrl.training.components import (
     make_actor,
-    make_collector,
     make_device,
     make_loss,
     make_replay_buffer,
@@ -42,9 +41,12 @@ from nclql_torchrl.training.components import (
 )
 from nclql_torchrl.training.config import TrainConfig, validate
 from nclql_torchrl.training.evaluation import SEED_OFFSET, Evaluation, evaluate
-from nclql_torchrl.training.interruption import Interrupted, StopRequest
+from nclql_torchrl.training.interruption import Abandoned, Interrupted, StopRequest
+from nclql_torchrl.training.loggers import RunLogger
+from nclql_torchrl.training.memory import check_replay_fits
 from nclql_torchrl.training.metrics import MetricsWindow
-from nclql_torchrl.training.run_directory import RunDirectory
+from nclql_torchrl.training.replay_state import ReplayState
+from nclql_torchrl.training.run_directory import RunDirectory, refuse_taken
 
 TEMPERATURE_INTERVAL = 10
 """Updates between two corrections of w: the critics change little in between, and chains are what costs."""
@@ -65,10 +67,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError, FileExistsError, ValueError: before anything starts, for a configuration that cannot run.
+        BlockingIOError: if another process trains in the run directory.
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint saved.
-        TrainingError: when an observation, a reward or the critic is no longer finite.
+        TrainingError: when the critic is no longer finite, or too many simulations are not.
     """
     validate(config)
+    with ExitStack() as stack, StopRequest(abandon=True) as stop:
+        try:
+            return _train(config, stack, stop)
+        except Abandoned:
+            assert stop.signal_number is not None
+            raise Interrupted("Stopped; there was nothing that is not saved.", stop.signal_number) from None
+
+
+def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str, Any]:
+    """The run; ``stack`` ends what has to be ended, and ``stop`` knows of signals."""
+    run = None
+    if config.resume is not None:
+        run = stack.enter_context(RunDirectory.open(config.resume))
+        run.lock()
+    elif config.run_dir is not None:
+        refuse_taken(Path(config.run_dir))
     device = make_device(config.device)
     random.seed(config.seed)
     np.random.seed(config.seed)
@@ -80,13 +99,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     update = make_update(config, loss)
     temperature = make_temperature(config, actor)
     collector = make_collector(config, env, actor, device)
+    stack.callback(collector.shutdown)
+    check_replay_fits(config.replay_buffer.size, env, loss.in_keys, device)
     replay_buffer = make_replay_buffer(config, device)
     probe = make_actor(config, env, device, loss, diagnostics=True)
 
     window = MetricsWindow()
-    progress: dict[str, Any] = {"frames": 0, "updates": 0, "seconds": 0.0}
-    checkpoint = Checkpoint(
-        collector=CollectorState(collector),
+    progress: dict[str, Any] = {"frames": 0, "updates": 0, "reported_frames": 0, "seconds": 0.0}
+    checkpoint = make_checkpoint(
+        collector=collector_state(collector),
         config=asdict(config),
         loss=loss,
         optimizer=update.optimizer,
@@ -94,61 +115,66 @@ def train(config: TrainConfig) -> dict[str, Any]:
         replay_buffer=ReplayState(replay_buffer),
         rng=GlobalRNGState(),
         window=window,
+        **({} if temperature is None else {"temperature": temperature}),
     )
-    if temperature is not None:
-        checkpoint.register("temperature", temperature)
-    if config.resume is None:
-        run = RunDirectory.create(config)
-    else:
-        run = RunDirectory.open(config.resume)
+    if run is None:
+        run = stack.enter_context(RunDirectory.create(config))
+    elif run.has_checkpoint():
         load_checkpoint(checkpoint, latest_checkpoint(run.checkpoints), task=config.env.task, device=device)
-        run.rewind_metrics(progress["frames"])
-        run.write_config(config)
-    logger = make_logger(config, run)
+    run.rewind_metrics(progress["reported_frames"])
+    run.write_config(config)
+    logger = RunLogger(config.logger.backend, run, progress["reported_frames"], say)
     frames, updates, previous_seconds = progress["frames"], progress["updates"], progress["seconds"]
+    reported_frames = progress["reported_frames"]
 
     start = row_start = time.monotonic()
     row_frames, row_updates = frames, updates
     evaluation, evaluated_at = None, -1
-    batches = iter(collector)
     bar = tqdm(
         total=config.collector.total_frames, initial=frames, unit=" frames", smoothing=0.05, dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
     )  # fmt: skip
 
-    def save() -> Path:
+    metadata = {"task": config.env.task}
+
+    def save() -> str:
+        """Saves a checkpoint, and returns a sentence that says so; on a full disk the run goes on without it."""
         check_finite_losses(window, updates)
-        progress.update(frames=frames, updates=updates, seconds=previous_seconds + time.monotonic() - start)
-        metadata = {"task": config.env.task, "updates": updates}
-        return save_checkpoint(
-            checkpoint, run.checkpoints, frames=frames, keep=config.checkpoint.keep, metadata=metadata
-        )
+        logger.flush()
+        seconds = previous_seconds + time.monotonic() - start
+        progress.update(frames=frames, updates=updates, reported_frames=reported_frames, seconds=seconds)
+        try:
+            path = save_checkpoint(
+                checkpoint, run.checkpoints, frames=frames, keep=config.checkpoint.keep, metadata=metadata
+            )
+        except OSError as error:
+            kept = latest_checkpoint(run.checkpoints) if run.has_checkpoint() else "none"
+            sentence = f"The checkpoint after {frames} frames was not written ({error}); the last one is {kept}."
+            say(sentence)
+            return sentence
+        return f"Saved {path}."
 
-    with StopRequest() as stop, bar:
-        while frames < config.collector.total_frames and stop.signal_number is None:
-            # Collect: one vector step (or frames_per_batch) of the live critics' policy, random at first.
-            batch = next(batches)
-            check_finite_transitions(batch, frames)
-            replay_buffer.extend(batch.select(*loss.in_keys).reshape(-1))
-            done = batch["next", "done"]
-            if done.any():
-                window.add_episodes(batch["next", "episode_reward"][done], batch["next", "step_count"][done])
-                window.add_diverged(batch.get(("next", "diverged"), None))
-            previous_frames, frames = frames, frames + batch.numel()
-
+    stop.abandon = False
+    batches = iter(collector)
+    published, warm = updates, False
+    with bar:
+        while stop.signal_number is None:
             # Learn: utd_ratio updates per transition after the random ones, counted exactly.
-            for _ in range(updates_due(config, frames) - updates):
+            while updates < updates_due(config, frames) and stop.signal_number is None:
                 learned = sample(replay_buffer)
                 window.add_update(update(learned))
                 updates += 1
                 if temperature is not None and updates % TEMPERATURE_INTERVAL == 0:
                     temperature.step(learned)
-            collector.update_policy_weights_()
-            bar.update(frames - previous_frames)
+            if stop.signal_number is not None:
+                break  # what is owed of this batch is learned and reported when the run is resumed
+            if crossed(config.collector.weight_update_interval, published, updates):
+                collector.update_policy_weights_()
+                published = updates
 
             # Evaluate, report, save.
-            evaluation_due = crossed(config.logger.eval_interval, previous_frames, frames) and updates > 0
-            if evaluation_due or crossed(config.logger.log_interval, previous_frames, frames):
+            evaluation_due = crossed(config.logger.eval_interval, reported_frames, frames) and updates > 0
+            if evaluation_due or crossed(config.logger.log_interval, reported_frames, frames):
                 check_finite_losses(window, updates)
                 now = time.monotonic()
                 row = {
@@ -158,39 +184,72 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     "frames_per_second": (frames - row_frames) / (now - row_start),
                     "updates_per_second": (updates - row_updates) / (now - row_start),
                     **window.means(),
+                    **collection_metrics(collector),
                 }
-                if updates > 0:
-                    row |= sampler_diagnostics(probe, replay_buffer)
-                    if temperature is not None:
-                        row |= {"w": float(actor.sampler.w), "spread": float(temperature.spread)}
-                if evaluation_due:
-                    evaluation, evaluated_at = run_evaluation(config, probe), frames
-                    row |= evaluation_row(evaluation)
-                run.append_metrics(row)
-                log(logger, row, frames)
+                try:
+                    with stop.abandonable():
+                        if updates > 0:
+                            row |= sampler_diagnostics(probe, replay_buffer)
+                            if temperature is not None:
+                                row |= {"w": float(actor.sampler.w), "spread": float(temperature.spread)}
+                        if evaluation_due:
+                            evaluation, evaluated_at = run_evaluation(config, probe), frames
+                            row |= evaluation_row(evaluation)
+                except Abandoned:
+                    break
+                report(run, logger, row)
+                if evaluation_due and evaluation is not None:
+                    keep_best(checkpoint, run, evaluation, frames, metadata)
                 bar.set_postfix(describe(row, evaluation), refresh=False)
                 window.clear()
                 row_start, row_frames, row_updates = time.monotonic(), frames, updates
+            previous_frames, reported_frames = reported_frames, frames
             if crossed(config.checkpoint.interval, previous_frames, frames):
                 save()
+            if frames >= config.collector.total_frames:
+                break
+
+            # Collect: one vector step (or frames_per_batch) of the live critics' policy, random at first.
+            if not warm and frames >= config.collector.init_random_frames:
+                # The next steps may compile for minutes, in which nothing could be saved.
+                save()
+                warm = True
+            try:
+                batch = next(batches)
+            except ValueError as error:
+                # Environments refuse actions that are not finite.
+                check_finite_losses(window, updates)
+                raise TrainingError(f"{error} The last checkpoint is kept.") from error
+            transitions, done = batch.reshape(-1), batch["next", "done"]
+            if done.any():
+                window.add_episodes(batch["next", "episode_reward"][done], batch["next", "step_count"][done])
+                diverged = batch["next", "diverged"]
+                lost = int(diverged.sum())
+                if lost:
+                    # What a lost simulation led to is nothing to learn from.
+                    transitions = transitions[~diverged.reshape(-1)]
+                    window.add_diverged(lost)
+                    check_diverged(config, window, frames, batch.numel())
+            if len(transitions):
+                replay_buffer.extend(transitions.select(*loss.in_keys))
+            frames += batch.numel()
+            bar.update(batch.numel())
         saved = save()
 
     if stop.signal_number is not None:
-        collector.shutdown()
         run.draw_learning_curve(config.env.task)
         raise Interrupted(
-            f"Stopped after {frames} frames and {updates} updates; saved {saved}. "
+            f"Stopped after {frames} frames and {updates} updates. {saved} "
             f"Continue with: nclql-train resume={run.path}",
             stop.signal_number,
         )
 
     if evaluation is None or evaluated_at != frames:
-        evaluation = run_evaluation(config, probe)
+        with stop.abandonable():
+            evaluation = run_evaluation(config, probe)
         seconds = previous_seconds + time.monotonic() - start
-        row = {"frames": frames, "updates": updates, "wall_time": seconds, **evaluation_row(evaluation)}
-        run.append_metrics(row)
-        log(logger, row, frames)
-    collector.shutdown()
+        report(run, logger, {"frames": frames, "updates": updates, "wall_time": seconds, **evaluation_row(evaluation)})
+        keep_best(checkpoint, run, evaluation, frames, metadata)
     summary = {
         "task": config.env.task,
         "seed": config.seed,
@@ -223,32 +282,26 @@ def crossed(interval: int, previous_frames: int, frames: int) -> bool:
     return frames // interval > previous_frames // interval
 
 
-def check_finite_transitions(batch: TensorDictBase, frames: int) -> None:
-    """Raises TrainingError if a batch [num_envs, time] has an action, next observation or reward that is not finite."""
-    keys = ("action", ("next", "observation"), ("next", "reward"))
-    finite = torch.stack([torch.isfinite(batch[key]).all(-1) for key in keys])
-    if finite.all():
-        return
-    # The first in time is the cause; within a step the action comes before what it led to.
-    entry, environment, step = min((~finite).nonzero().tolist(), key=lambda index: (index[2], index[0]))
-    values = batch[keys[entry]][environment, step].tolist()
-    where = f"at step {frames // batch.shape[0] + step} of environment {environment} is {values}"
-    kept = f"The batch after frame {frames} was not stored, and the last checkpoint is kept."
-    if keys[entry] == "action":
+def check_diverged(config: TrainConfig, window: MetricsWindow, frames: int, batch_frames: int) -> None:
+    """Raises TrainingError if more of a log interval's transitions were lost than the configuration allows."""
+    share, interval = config.env.max_diverged_fraction, max(config.logger.log_interval, batch_frames)
+    if window.recently_diverged > share * interval:
         raise TrainingError(
-            f"The action {where}: the critic diverged. {kept} Try a lower optim.lr or optim.reward_scale."
+            f"{window.recently_diverged} simulations diverged (observations or rewards that are not finite) since the "
+            f"last row of metrics.csv, in the batch after frame {frames} for the last time; expected at most "
+            f"env.max_diverged_fraction={share:g} of {interval} transitions. The last checkpoint is kept. Check the "
+            "physics of the task."
         )
-    raise TrainingError(f"The {keys[entry][1]} {where}; expected finite numbers. {kept} Check the physics of the task.")
 
 
 def check_finite_losses(window: MetricsWindow, updates: int) -> None:
     """Raises TrainingError if the critic's losses since the last row are not finite."""
-    for name, value in window.means().items():
-        if name.startswith("loss") and not math.isfinite(value):
-            raise TrainingError(
-                f"{name} became {value} within the {window.updates} updates before update {updates}: the critic "
-                "diverged. The last checkpoint is kept. Try a lower optim.lr or optim.reward_scale."
-            )
+    first = window.first_diverged_update(updates)
+    if first is not None:
+        raise TrainingError(
+            f"The critic diverged: from update {first} on its losses are not finite. The last checkpoint is kept. Try "
+            "a lower optim.lr or optim.reward_scale."
+        )
 
 
 def run_evaluation(config: TrainConfig, probe: LangevinActor) -> Evaluation:
@@ -285,18 +338,28 @@ def sampler_diagnostics(probe: LangevinActor, replay_buffer: TensorDictReplayBuf
     return {key: float(tensordict[key].mean()) for key in probe.diagnostic_keys}
 
 
-def make_logger(config: TrainConfig, run: RunDirectory) -> Logger | None:
-    """TorchRL's logger for the chosen backend, writing inside the run directory."""
-    if config.logger.backend == "none":
-        return None
-    backend: Any = config.logger.backend
-    return get_logger(backend, logger_name=str(run.path / "logs"), experiment_name=run.path.name)
+def report(run: RunDirectory, logger: RunLogger, row: dict[str, float]) -> None:
+    """Writes a row to metrics.csv, later if the disk is full, and hands it to the logger."""
+    try:
+        run.append_metrics(row)
+    except OSError as error:
+        say(f"A row of metrics.csv is written later ({error}).")
+    logger.log(row)
 
 
-def log(logger: Logger | None, row: Mapping[str, float], frames: int) -> None:
-    """Hands a row of metrics to the logger."""
-    if logger is not None:
-        logger.log_metrics({name: value for name, value in row.items() if name != "frames"}, step=frames)
+def keep_best(
+    checkpoint: Checkpoint, run: RunDirectory, evaluation: Evaluation, frames: int, metadata: dict[str, Any]
+) -> None:
+    """Keeps the policy if no evaluation has returned as much."""
+    try:
+        save_best(checkpoint, run.checkpoints, frames=frames, evaluation_return=evaluation.mean, metadata=metadata)
+    except OSError as error:
+        say(f"The best policy so far was not written ({error}).")
+
+
+def say(sentence: str) -> None:
+    """Tells the user something, above the progress bar."""
+    tqdm.write(sentence, file=sys.stderr)
 
 
 def describe(row: Mapping[str, float], evaluation: Evaluation | None) -> dict[str, str]:

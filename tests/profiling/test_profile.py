@@ -150,6 +150,29 @@ def test_a_trained_critic_adds_returns(tmp_path: Path, tiny_config: Callable[...
     assert whole is not None and whole["runs"][0]["trained"] and "Pendulum-v1" in whole["runs"][0]["critic"]
 
 
+def test_a_profile_that_is_killed_in_its_episodes_keeps_what_it_measured(
+    tmp_path: Path, tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(tiny_config("collector.total_frames=60"))["run_dir"]
+    module = sys.modules[profile.__module__]
+    original = module.evaluate  # pyright: ignore[reportAttributeAccessIssue]
+
+    def second_is_killed(*args: Any, **kwargs: Any) -> Any:
+        def kill(*args: Any, **kwargs: Any) -> Any:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "evaluate", kill)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, "evaluate", second_is_killed)
+    with pytest.raises(KeyboardInterrupt):
+        profile(tiny(tmp_path / "p", levels=[1, 3], steps_per_level=[2], checkpoint=run, episodes=2))
+    whole = report.read(tmp_path / "p")
+    assert whole is not None
+    assert [row["return_mean"] is None for row in whole["rows"]] == [False, True]
+    assert all(row["ms_median"] > 0 for row in whole["rows"])
+
+
 def test_the_results_page_says_what_was_measured() -> None:
     results = Path(__file__).parents[2] / "benchmarks" / "results"
     section = (results / "README.md").read_text().split("(`profile/`)")[1].split("\n## ")[0]

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tensordict import TensorDict
 from torchrl.checkpoint import Checkpoint, CheckpointError
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from nclql_torchrl.training import TrainConfig, train
 from nclql_torchrl.training.checkpoint import (
     INVENTORY,
-    ReplayState,
     latest_checkpoint,
     load_checkpoint,
+    make_checkpoint,
     read_config,
     save_checkpoint,
 )
@@ -28,7 +27,7 @@ from nclql_torchrl.training.evaluation import load_policy
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    checkpoint = Checkpoint(network=torch.nn.Linear(2, 1), config={"seed": 3})
+    checkpoint = make_checkpoint(network=torch.nn.Linear(2, 1), config={"seed": 3})
     return save_checkpoint(checkpoint, tmp_path, frames=10, keep=2, metadata={"task": "Hopper-v5"})
 
 
@@ -47,9 +46,19 @@ def test_another_task_is_refused(saved: Path) -> None:
 
 
 def test_a_truncated_file_is_refused(saved: Path) -> None:
-    file = next(path for path in saved.rglob("*.memmap") if path.stat().st_size > 4)
+    file = next(saved.rglob("*.tdz"))
+    size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match=r"is truncated: .*memmap has 4 bytes; expected 8 bytes"):
+    with pytest.raises(
+        CheckpointError, match=rf"is truncated: .*state.tdz has {size - 4} bytes; expected {size} bytes"
+    ):
+        load(saved)
+
+
+def test_an_archive_that_is_none_is_refused(saved: Path) -> None:
+    file = next(saved.rglob("*.tdz"))
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"is damaged: .*state.tdz is no archive"):
         load(saved)
 
 
@@ -60,18 +69,30 @@ def test_a_missing_file_is_refused(saved: Path, name: str) -> None:
         load(saved)
 
 
-def test_a_pickle_is_refused_unread(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["beside the archive", "in the archive", "in place of the archive", "linked"])
+def test_a_pickle_is_refused_unread(saved: Path, tmp_path: Path, place: str) -> None:
     class Malicious:
         def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
             return Path.touch, (tmp_path / "executed",)
 
-    # Where tensordict would look for non-tensor data, announced as it would announce it.
-    state = next(saved.rglob("state"))
-    (state / "other.pickle").write_bytes(pickle.dumps(Malicious()))
-    inventory = json.loads((saved / INVENTORY).read_text())
-    inventory[str((state / "other.pickle").relative_to(saved))] = (state / "other.pickle").stat().st_size
-    (saved / INVENTORY).write_text(json.dumps(inventory))
-    with pytest.raises(CheckpointError, match=r"other.pickle.*can execute code"):
+    # Where TorchRL and tensordict would look for such data, announced as they would announce it.
+    archive = next(saved.rglob("*.tdz"))
+    pickled = pickle.dumps(Malicious())
+    if place == "beside the archive":
+        (archive.parent / "other.pickle").write_bytes(pickled)
+    elif place == "in the archive":
+        with zipfile.ZipFile(archive, "a") as file:
+            file.writestr("other.pickle", pickled)
+    elif place == "in place of the archive":
+        archive.rename(archive.with_suffix(".pt")).write_bytes(pickled)
+    else:
+        (tmp_path / "elsewhere.json").write_bytes(pickled)
+        (archive.parent / "state.json").unlink()
+        (archive.parent / "state.json").symlink_to(tmp_path / "elsewhere.json")
+    files = [path for path in saved.rglob("*") if path.is_file() and path.name != INVENTORY]
+    sizes = {str(path.relative_to(saved)): path.stat().st_size for path in files}
+    (saved / INVENTORY).write_text(json.dumps(sizes))
+    with pytest.raises(CheckpointError, match=r"contains .*(other.pickle|state.pt|a link).*can execute code"):
         load(saved)
     assert not (tmp_path / "executed").exists()
 
@@ -106,26 +127,6 @@ def test_a_checkpoint_that_was_interrupted_while_written_does_not_count(saved: P
 def test_no_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         latest_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("written", [5, 8, 11])
-def test_replay_keeps_indices_and_write_position(written: int) -> None:
-    def buffer() -> TensorDictReplayBuffer:
-        return TensorDictReplayBuffer(storage=LazyTensorStorage(8), batch_size=4)
-
-    def transitions(first: int, last: int) -> TensorDict:
-        values = torch.arange(first, last)
-        return TensorDict({"x": values, "next": {"x": values + 1}}, [last - first])
-
-    source, target = buffer(), buffer()
-    source.extend(transitions(0, written))
-    target.extend(transitions(50, 53))
-    ReplayState(target).load_state_dict(ReplayState(source).state_dict())
-    for replay_buffer in (source, target):
-        replay_buffer.extend(transitions(100, 102))
-    assert len(source) == len(target)
-    assert torch.equal(source[:]["x"], target[:]["x"])
-    assert torch.equal(source[:]["next", "x"], target[:]["next", "x"])
 
 
 def test_a_run_continued_in_another_tasks_checkpoint_is_refused(

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.checkpoint import Checkpoint
 from torchrl.data import Bounded, Composite, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
 from torchrl.envs import EnvBase
 
 from nclql_torchrl.training import Interrupted, RunDirectory, TrainConfig, TrainingError, components, train, training
-from nclql_torchrl.training.checkpoint import latest_checkpoint
+from nclql_torchrl.training.checkpoint import latest_checkpoint, make_checkpoint
 from nclql_torchrl.training.components import sample
-from nclql_torchrl.training.evaluation import load_policy
+from nclql_torchrl.training.evaluation import Evaluation, load_policy
+from nclql_torchrl.training.replay_state import ReplayState
 from nclql_torchrl.training.training import crossed, updates_due
 
 TIMINGS = ("wall_time", "frames_per_second", "updates_per_second")
@@ -41,12 +41,12 @@ def final_state(run_dir: Path) -> dict[str, Any]:
         def load_state_dict(self, state: dict[str, Any]) -> None:
             self.state = state
 
-    parts = {name: Collect() for name in ("loss", "optimizer", "rng", "replay_buffer", "window")}
-    checkpoint = Checkpoint()
-    for name, part in parts.items():
-        checkpoint.register(name, part)
+    parts = {name: Collect() for name in ("loss", "optimizer", "rng", "window")}
+    replay_buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(160), batch_size=4)
+    checkpoint = make_checkpoint(replay_buffer=ReplayState(replay_buffer), **parts)
     checkpoint.load(latest_checkpoint(run_dir / "checkpoints"))
-    return {name: part.state for name, part in parts.items()}
+    replay = {"transitions": replay_buffer[:].to_dict(), "written": replay_buffer.write_count}
+    return {"replay": replay, **{name: part.state for name, part in parts.items()}}
 
 
 def assert_identical(first: Any, second: Any, where: str = "") -> None:
@@ -81,7 +81,9 @@ def test_a_run_leaves_what_it_promises(tiny_config: Callable[..., TrainConfig], 
     assert row["overestimation"] == pytest.approx(row["estimated_q"] - row["discounted_return"])
     for name in ("loss_qvalue", "loss_noise", "q_mean", "td_error", "gradient_norm", "clipped_fraction", "q_after"):
         assert name in row
+    best = max((row["evaluation_return"], row["frames"]) for row in rows if "evaluation_return" in row)[1]
     assert [path.name for path in sorted(run.checkpoints.iterdir())] == [
+        f"best-{int(best):012d}",
         "checkpoint-000000000180",
         "checkpoint-000000000240",
     ]
@@ -129,14 +131,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 def interrupt_at(patch: pytest.MonkeyPatch, frames: int, signal_number: int = signal.SIGINT) -> None:
     """Sends this process a signal while the batch after ``frames`` is being processed."""
-    check = training.check_finite_transitions
+    due = training.updates_due
 
-    def check_and_interrupt(batch: TensorDictBase, collected: int) -> None:
-        check(batch, collected)
-        if collected + batch.numel() == frames:
+    def due_and_interrupt(config: TrainConfig, collected: int) -> int:
+        if collected == frames:
             os.kill(os.getpid(), signal_number)
+        return due(config, collected)
 
-    patch.setattr(training, "check_finite_transitions", check_and_interrupt)
+    patch.setattr(training, "updates_due", due_and_interrupt)
 
 
 def test_a_signal_saves_a_checkpoint_and_restores_the_handlers(
@@ -144,7 +146,7 @@ def test_a_signal_saves_a_checkpoint_and_restores_the_handlers(
 ) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     interrupt_at(monkeypatch, frames=64, signal_number=signal.SIGTERM)
-    with pytest.raises(Interrupted, match=r"after 64 frames and 7 updates.*nclql-train resume=") as interruption:
+    with pytest.raises(Interrupted, match=r"after 64 frames and 6 updates.*nclql-train resume=") as interruption:
         train(tiny_config())
     assert interruption.value.exit_status == 143
     assert latest_checkpoint(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000064"
@@ -189,37 +191,59 @@ class FaultyEnv(EnvBase):
 
 
 @pytest.mark.parametrize("key", ["observation", "reward"])
-def test_nan_stops_the_run_and_keeps_the_checkpoint(
+def test_a_lost_simulation_is_reset_counted_and_not_learned_from(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setattr(components, "make_env", lambda *args, **kwargs: FaultyEnv(key))
-    config = tiny_config("env.num_envs=3", "collector.frames_per_batch=12", "logger.eval_interval=1000")
-    with pytest.raises(TrainingError, match=rf"The {key} at step 30 of environment 2 is \[.*nan"):
-        train(config)
-    config = tiny_config("env.num_envs=3", "checkpoint.interval=60", "logger.eval_interval=1000")
-    config.run_dir = str(tmp_path / "kept")
-    with pytest.raises(TrainingError):
-        train(config)
-    assert latest_checkpoint(tmp_path / "kept" / "checkpoints").name == "checkpoint-000000000060"
+    config = tiny_config("env.num_envs=3", "collector.frames_per_batch=12", "env.max_diverged_fraction=0.03")
+    config.logger.eval_interval = 1000
+    monkeypatch.setattr(training, "run_evaluation", lambda *args: Evaluation([0.0], [1], 0.0, 0.0))
+    train(config)
+    assert RunDirectory.open(tmp_path / "run").read_metrics()[-2]["diverged"] == 1
+    replay = final_state(tmp_path / "run")["replay"]
+    # 240 transitions, of which one is missing.
+    assert replay["written"] == 239
+    for name in ("observation", "reward"):
+        assert replay["transitions"]["next"][name].isfinite().all()
 
 
-def test_a_diverged_critic_stops_the_run(
+def test_too_many_lost_simulations_stop_the_run(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_loss = training.make_loss
+    monkeypatch.setattr(components, "make_env", lambda *args, **kwargs: FaultyEnv("reward"))
+    with pytest.raises(TrainingError, match=r"1 simulations diverged.*max_diverged_fraction=0.01 of 50 transitions"):
+        train(tiny_config("env.num_envs=3", "logger.eval_interval=1000"))
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000090"
 
-    def poisoned(*args: Any) -> Any:
-        loss = make_loss(*args)
-        loss.reward_scale = float("nan")
-        return loss
 
-    monkeypatch.setattr(training, "make_loss", poisoned)
-    with pytest.raises(TrainingError, match=r"The action at step 22 of environment 0 is \[nan\]: the critic diverged"):
-        train(tiny_config())
-    with pytest.raises(TrainingError, match=r"loss_qvalue became nan within the 1 updates before update 1"):
-        train(tiny_config("logger.log_interval=44", f"run_dir={tmp_path / 'logged'}"))
-    with pytest.raises(FileNotFoundError):
-        latest_checkpoint(tmp_path / "run" / "checkpoints")
+def test_a_diverged_critic_stops_the_run_and_keeps_the_checkpoint(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_update = training.make_update
+
+    def poisoned(*args: Any) -> Callable[..., Any]:
+        update = make_update(*args)
+        numbers = iter(range(1, 1000))
+
+        class Poisoned:
+            optimizer = update.optimizer
+
+            def __call__(self, batch: TensorDictBase) -> TensorDict:
+                if next(numbers) == 31:
+                    batch["next", "reward"] = torch.full_like(batch["next", "reward"], torch.inf)
+                return update(batch)
+
+        return Poisoned()
+
+    monkeypatch.setattr(training, "make_update", poisoned)
+    # The gymnasium engine's environments are foreign ones; those of the mujoco engine check actions themselves.
+    for engine in ("env.engine=gymnasium", "env.engine=mujoco"):
+        path = tmp_path / engine
+        options = ("logger.eval_interval=1000", "checkpoint.interval=20", f"run_dir={path}", engine)
+        with pytest.raises(TrainingError, match=r"The critic diverged: from update 31 on its losses are not finite"):
+            train(tiny_config(*options, "env.task=InvertedPendulum-v5"))
+        # Update 31 follows frame 144.
+        assert latest_checkpoint(path / "checkpoints").name == "checkpoint-000000000140"
 
 
 def test_sampling_an_empty_replay_buffer_is_an_error() -> None:

@@ -1,0 +1,179 @@
+"""The baselines obey the conventions of TorchRL's losses, and learn what they should on problems with known answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from benchmarks.baselines.algorithm import VALUE_KEY, Algorithm, Problem
+from benchmarks.baselines.qsm import ScoreNetwork
+from benchmarks.baselines.sql import stein_direction
+from benchmarks.learning import FAMILIES
+
+PROBLEM = Problem(3, Bounded(torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])), (16, 16))
+OWN_LOSSES = ("sql", "qsm")
+
+
+def make(family: str, problem: Problem = PROBLEM) -> Algorithm:
+    torch.manual_seed(0)
+    options = {"sampler": {"execution": "eager"}} if family == "langevin" else {}
+    return FAMILIES[family](problem, **options)
+
+
+def transitions(num: int = 32, problem: Problem = PROBLEM) -> TensorDict:
+    flags = torch.zeros(num, 1, dtype=torch.bool)
+    following = {
+        "observation": torch.randn(num, problem.observation_dim),
+        "reward": torch.randn(num, 1),
+        "done": flags,
+        "terminated": flags,
+    }
+    action = problem.action_spec.rand((num,))
+    return TensorDict({"observation": torch.randn(num, 3), "action": action, "next": following}, [num])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestEveryAlgorithm:
+    def test_actions_are_within_bounds_and_repeat_without_exploration(self, family: str) -> None:
+        algorithm = make(family)
+        observation = TensorDict({"observation": torch.randn(64, 3)}, [64])
+        with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+            first, second = (algorithm.actor(observation.copy())["action"] for _ in range(2))
+        assert not torch.equal(first, second)
+        assert PROBLEM.action_spec.expand(64, 2).is_in(first)
+        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+            first, second = (algorithm.evaluator(observation.copy()) for _ in range(2))
+        assert torch.equal(first["action"], second["action"])
+        assert first[VALUE_KEY].shape == (64, 1)
+
+    def test_an_update_changes_what_is_trained_and_moves_the_targets_a_little(self, family: str) -> None:
+        algorithm = make(family)
+        batch = transitions()
+        batch_before = batch.clone()
+        before = {name: value.clone() for name, value in algorithm.loss.state_dict().items() if value is not None}
+        # TD3 updates its actor every second time.
+        for _ in range(2):
+            metrics = algorithm.update(batch)
+        assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
+        after = algorithm.loss.state_dict()
+        trained = [name for name, parameter in algorithm.loss.named_parameters() if parameter.requires_grad]
+        assert trained and algorithm.num_parameters == sum(before[name].numel() for name in trained)
+        assert all(not torch.equal(before[name], after[name]) for name in trained)
+        for name in after:
+            if name.startswith("target_qvalue") and before[name].is_floating_point():
+                live = name.removeprefix("target_")
+                if live in trained:
+                    moved = (after[name] - before[name]).abs().max()
+                    assert 0 < moved < (after[live] - before[live]).abs().max()
+        assert (batch.select(*batch_before.keys()) == batch_before).all()
+
+    def test_the_value_of_one_step_problems_is_learned(self, family: str) -> None:
+        """Reward 1 - (a - 0.5)^2 at the end of every episode: the critic and the actor find both."""
+        problem = Problem(3, Bounded(-1.0, 1.0, (1,)), (32, 32), tau=0.05)
+        algorithm = make_fast(family, problem)
+        for _ in range(200):
+            batch = transitions(64, problem)
+            batch["next", "reward"] = 1.0 - (batch["action"] - 0.5).square()
+            batch["next", "terminated"] = batch["next", "done"] = torch.ones(64, 1, dtype=torch.bool)
+            algorithm.update(batch)
+        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+            result = algorithm.evaluator(TensorDict({"observation": torch.randn(64, 3)}, [64]))
+        reward = 1.0 - (result["action"] - 0.5).square()
+        # A uniform action obtains 0.42 on average.
+        assert reward.mean() > 0.8
+        assert (result[VALUE_KEY] / algorithm.reward_scale - reward).abs().mean() < 0.2
+
+
+def make_fast(family: str, problem: Problem) -> Algorithm:
+    """Settings for 200 updates and this reward; a QSM chain is stable while gradient_scale times curvature is small."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "langevin": {"optim": {"lr": 3e-3}, "sampler": {"execution": "eager"}},
+        "sac": {"lr": 3e-3},
+        "td3": {"lr": 1e-3, "policy_noise": 0.0},
+        "sql": {"lr": 3e-3},
+        "qsm": {"lr": 3e-3, "gradient_scale": 2.0},
+    }[family]
+    return FAMILIES[family](problem, **options)
+
+
+@pytest.mark.parametrize("family", OWN_LOSSES)
+class TestOwnLosses:
+    def test_gradients_reach_only_their_own_parameters(self, family: str) -> None:
+        loss = make(family).loss
+        for name in ("actor", "qvalue"):
+            loss.zero_grad()
+            loss(transitions())[f"loss_{name}"].backward()
+            for parameter_name, parameter in loss.named_parameters():
+                own = parameter_name.startswith(name)
+                reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+                assert reached == own, parameter_name
+
+    def test_keys_can_be_renamed(self, family: str) -> None:
+        loss = make(family).loss
+        batch = transitions()
+        torch.manual_seed(1)
+        expected = loss(batch.clone())
+        loss.set_keys(reward="gain")
+        batch["next", "gain"] = batch["next"].pop("reward")
+        torch.manual_seed(1)
+        assert torch.equal(loss(batch)["loss_qvalue"], expected["loss_qvalue"])
+        assert ("next", "gain") in loss.in_keys
+        with pytest.raises(ValueError, match="colour"):
+            loss.set_keys(colour="red")
+
+    def test_it_takes_keyword_arguments(self, family: str) -> None:
+        loss = make(family).loss
+        batch = transitions()
+        torch.manual_seed(1)
+        expected = loss(batch.clone())
+        torch.manual_seed(1)
+        kwargs = {f"next_{key}": value for key, value in batch["next"].items()}
+        found = loss(observation=batch["observation"], action=batch["action"], **kwargs)
+        assert len(found) == len(loss.out_keys)
+        torch.testing.assert_close(found[loss.out_keys.index("loss_qvalue")], expected["loss_qvalue"])
+
+    def test_terminal_states_are_worth_nothing(self, family: str) -> None:
+        loss = make(family).loss
+        batch = transitions()
+        batch["next", "terminated"] = batch["next", "done"] = torch.ones(32, 1, dtype=torch.bool)
+        torch.testing.assert_close(loss(batch)["target_value"], batch["next", "reward"].mean())
+
+    def test_per_sample_losses(self, family: str) -> None:
+        algorithm = make(family)
+        algorithm.loss.reduction = "none"
+        losses = algorithm.loss(transitions())
+        assert losses["loss_actor"].shape == losses["loss_qvalue"].shape == (32,)
+
+
+def test_every_denoising_step_of_the_diffusion_actor_ends_in_the_box() -> None:
+    betas = torch.linspace(0.2, 0.84, 5)
+    noise_share = (1.0 - torch.cumprod(1.0 - betas, 0)).sqrt()
+    score = ScoreNetwork(PROBLEM, betas)
+    step = torch.randint(5, (50, 1))
+    inputs = torch.cat([torch.randn(50, 2), torch.randn(50, 3), step.float()], -1)
+
+    def denoised() -> torch.Tensor:
+        """The step as DiffusionActor writes it."""
+        return (inputs[:, :2] - betas[step] / noise_share[step] * score(inputs)) / (1.0 - betas[step]).sqrt()
+
+    with torch.no_grad():
+        score.network[-1].bias.fill_(100.0)
+        # float32: rounding of the noise, 3 at most, times a factor of at most 2.5.
+        torch.testing.assert_close(denoised(), torch.full((50, 2), -1.0), atol=1e-5, rtol=0.0)
+
+
+def test_stein_moves_particles_to_the_density() -> None:
+    """Particles far from a standard normal have its mean and variance after a few hundred steps."""
+    torch.manual_seed(0)
+    particles = torch.randn(64, 1, 1) * 0.1 + 3.0
+    for _ in range(500):
+        particles = particles + 0.3 * stein_direction(particles, particles, -particles)
+    # 64 particles of a normal: the standard error of the mean is 0.125.
+    assert abs(float(particles.mean())) < 0.25
+    assert 0.7 < float(particles.std()) < 1.3

@@ -1,0 +1,116 @@
+"""The learning benchmark: every algorithm's run has what the figures need, finished runs are skipped."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from benchmarks import learning, learning_figures
+from benchmarks.learning import AlgorithmConfig, LearningConfig, TaskConfig
+
+CONF = Path(learning.__file__).parent / "conf"
+ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
+TASKS = sorted(path.stem for path in (CONF / "task").glob("*.yaml"))
+TASK = TaskConfig(
+    engine="gymnasium",
+    total_frames=40,
+    init_random_frames=20,
+    hidden_sizes=[8],
+    batch_size=8,
+    eval_interval=20,
+    eval_episodes=2,
+)
+
+
+def compose_config(*overrides: str) -> LearningConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = OmegaConf.to_object(compose("learning", overrides=list(overrides)))
+    assert isinstance(config, LearningConfig)
+    return config
+
+
+def tiny(name: str) -> LearningConfig:
+    """The committed algorithm on a tiny budget, without the compiler."""
+    algorithm = compose_config(f"algorithm={name}").algorithm
+    if algorithm.family == "langevin":
+        algorithm.options.setdefault("sampler", {})["execution"] = "eager"
+    return LearningConfig(algorithm, TASK)
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    return learning.run(tiny("td3"))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_runs_and_its_record_can_be_drawn(name: str, tmp_path: Path) -> None:
+    record = learning.run(tiny(name))
+    path = tmp_path / "Pendulum-v1.jsonl"
+    learning.append_record(path, record)
+    (read,) = learning.read_records(path)
+    assert read == json.loads(json.dumps(record))
+    last = read["curve"][-1]
+    assert (last["frames"], last["updates"]) == (40, 20)
+    assert last["overestimation"] == pytest.approx(last["estimated_q"] - last["discounted_return"])
+    assert last["cpu_seconds"] > 0 and last["wall_seconds"] > 0
+    assert read["parameters"] > 0 and read["action_milliseconds"]["256"] > 0 and read["updates_per_cpu_second"] > 0
+    assert f"| {name} | 1 |" in learning_figures.table([read])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_as_its_file_says(task: str) -> None:
+    config = compose_config(f"task={task}", "+algorithm.options.optim.lr=1e-3")
+    assert config.task.name == task and config.algorithm.options == {"optim": {"lr": 1e-3}}
+    # The last evaluation is that of the whole budget.
+    assert config.task.total_frames % config.task.eval_interval == 0
+
+
+def test_the_same_seed_gives_the_same_run(record: dict[str, Any]) -> None:
+    again = learning.run(tiny("td3"))
+    assert [point["return_mean"] for point in again["curve"]] == [point["return_mean"] for point in record["curve"]]
+
+
+def test_finished_runs_are_skipped(
+    record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny("td3")
+    config.output = str(tmp_path / "runs.jsonl")
+    ran = []
+    monkeypatch.setattr(learning, "run", lambda config: ran.append(config.seed) or record)
+    learning.run_once(config)
+    learning.run_once(config)
+    assert ran == [0] and "already in" in capsys.readouterr().out
+    config.seed = 1
+    learning.run_once(config)
+    assert ran == [0, 1]
+
+
+def test_an_unknown_family_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'td3'"):
+        learning.run(LearningConfig(AlgorithmConfig(family="td4"), TASK))
+
+
+def test_figures_and_tables_are_made_of_two_lines(record: dict[str, Any], tmp_path: Path) -> None:
+    other = copy.deepcopy(record)
+    other["config"]["seed"] = 1
+    other["curve"][-1]["return_mean"] += 100.0
+    for line in (record, other):
+        learning.append_record(tmp_path / "Pendulum-v1.jsonl", line)
+    (tmp_path / "README.md").write_text("before\n" + "\n".join(learning_figures.MARKS) + "\nafter\n")
+    learning_figures.redraw(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    mean = record["curve"][-1]["return_mean"]
+    assert f"| td3 | 2 | {mean + 50:.0f} [{mean:.0f}, {mean + 100:.0f}] |" in page
+    assert page.startswith("before\n") and page.endswith("after\n")
+    assert (tmp_path / "Pendulum-v1.png").stat().st_size > 10_000
+
+
+def test_the_page_says_what_was_committed() -> None:
+    page = (learning.RESULTS / "README.md").read_text()
+    assert learning_figures.write_tables(learning.RESULTS) in page
