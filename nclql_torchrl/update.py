@@ -91,7 +91,14 @@ class NCLQLUpdate:
         Returns:
             Detached scalars: the losses and the loss's diagnostics, averaged over the batch.
         """
-        first, second, inputs = self._prepare(self.loss.draw(batch))
+        drawn = self.loss.draw(batch)
+        metrics, td_error = self.learn(drawn)
+        batch.set(self.loss.tensor_keys.priority, td_error)
+        return metrics
+
+    def learn(self, drawn: TensorDictBase) -> tuple[TensorDict, Tensor]:
+        """The update by a batch with its randomness (:meth:`NCLQLLoss.draw`): its scalars, and TD errors [*batch]."""
+        first, second, inputs = self._prepare(drawn)
         td_error, noise_target, loss_qvalue, loss_noise, *outputs = first(*inputs)
         means, gradients = outputs[: len(METADATA_KEYS)], outputs[len(METADATA_KEYS) :]
         self._step(gradients)
@@ -100,9 +107,8 @@ class NCLQLUpdate:
             self._step(gradients)
         if self.target_updater is not None:
             self.target_updater.step()
-        batch.set(self.loss.tensor_keys.priority, td_error)
         metrics = dict(zip(METADATA_KEYS, means, strict=True))
-        return TensorDict({"loss_qvalue": loss_qvalue, "loss_noise": loss_noise, **metrics})
+        return TensorDict({"loss_qvalue": loss_qvalue, "loss_noise": loss_noise, **metrics}), td_error
 
     def _step(self, gradients: Sequence[Tensor | None]) -> None:
         """One step of the optimizer along given gradients."""

@@ -144,8 +144,8 @@ def make_loss(config: TrainConfig, actor: LangevinActor) -> NCLQLLoss:
 
 
 def make_update(config: TrainConfig, loss: NCLQLLoss) -> NCLQLUpdate:
-    """The update: Adam, then the soft step of the targets."""
-    optimizer = Adam(loss.parameters(), lr=config.optim.lr)
+    """The update: Adam, then the soft step of the targets; it runs as ``sampler.execution`` says."""
+    optimizer = Adam(loss.parameters(), lr=config.optim.lr, fused=True)
     target_updater = SoftUpdate(loss, eps=config.optim.target_update_polyak)
     return NCLQLUpdate(loss, optimizer, target_updater, mode=config.optim.update)  # pyright: ignore[reportArgumentType]
 
