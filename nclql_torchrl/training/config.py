@@ -201,6 +201,8 @@ class TrainConfig:
     """Where the run is written; null: runs/<task>/<time>-seed<seed>."""
     resume: str | None = None
     """Run directory to continue."""
+    profile: bool = False
+    """Measure where the time goes: prints shares, and writes profile.json and trace.json to the run directory."""
 
 
 OPEN_NAMES = ("env.task_options.", "env.engine_options.")
@@ -208,6 +210,7 @@ OPEN_NAMES = ("env.task_options.", "env.engine_options.")
 
 RESUMABLE_KEYS = (
     "collector.total_frames",
+    "profile",
     "collector.device",
     "env.max_diverged_fraction",
     "logger.",
