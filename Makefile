@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 PRESET ?= $(if $(GPU),gpu_4096,cpu)
-EXTRAS = test,lint,tensorboard,video,examples,export,docs$(if $(GPU),$(comma)cuda)
+EXTRAS = test,lint,tensorboard,video,ray,examples,export,docs$(if $(GPU),$(comma)cuda)
 comma := ,
 ARGS ?=
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -18,6 +18,9 @@ from nclql_torchrl.value import check_choice
 
 UpdateMode = Literal["sequential", "summed"]
 """The authors' TD step followed by a noise step, or one step on the sum of the two losses."""
+
+Average = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
+"""Gradients of one learner -> their means over all learners."""
 
 
 class NCLQLUpdate:
@@ -37,6 +40,8 @@ class NCLQLUpdate:
         mode: "sequential" or "summed".
         execution: how losses and gradients are computed, see :mod:`nclql_torchrl.execution`. Defaults to that of the
             sampler.
+        average: applied to the gradients before each step of the optimizer, None for parameters without one: how
+            several learners that train together average theirs.
 
     Raises:
         ValueError: for an unknown mode or execution.
@@ -69,12 +74,14 @@ class NCLQLUpdate:
         target_updater: TargetNetUpdater | None = None,
         mode: UpdateMode = "sequential",
         execution: Execution | None = None,
+        average: Average | None = None,
     ) -> None:
         check_choice("mode", mode, UpdateMode)
         self.loss = loss
         self.optimizer = optimizer
         self.target_updater = target_updater
         self.mode = mode
+        self.average = average
         self.execution: Execution = loss.sampler.execution if execution is None else execution
         check_execution(self.execution)
         self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -91,7 +98,14 @@ class NCLQLUpdate:
         Returns:
             Detached scalars: the losses and the loss's diagnostics, averaged over the batch.
         """
-        first, second, inputs = self._prepare(self.loss.draw(batch))
+        drawn = self.loss.draw(batch)
+        metrics, td_error = self.learn(drawn)
+        batch.set(self.loss.tensor_keys.priority, td_error)
+        return metrics
+
+    def learn(self, drawn: TensorDictBase) -> tuple[TensorDict, Tensor]:
+        """The update by a batch with its randomness (:meth:`NCLQLLoss.draw`): its scalars, and TD errors [*batch]."""
+        first, second, inputs = self._prepare(drawn)
         td_error, noise_target, loss_qvalue, loss_noise, *outputs = first(*inputs)
         means, gradients = outputs[: len(METADATA_KEYS)], outputs[len(METADATA_KEYS) :]
         self._step(gradients)
@@ -100,12 +114,13 @@ class NCLQLUpdate:
             self._step(gradients)
         if self.target_updater is not None:
             self.target_updater.step()
-        batch.set(self.loss.tensor_keys.priority, td_error)
         metrics = dict(zip(METADATA_KEYS, means, strict=True))
-        return TensorDict({"loss_qvalue": loss_qvalue, "loss_noise": loss_noise, **metrics})
+        return TensorDict({"loss_qvalue": loss_qvalue, "loss_noise": loss_noise, **metrics}), td_error
 
     def _step(self, gradients: Sequence[Tensor | None]) -> None:
         """One step of the optimizer along given gradients."""
+        if self.average is not None:
+            gradients = self.average(gradients)
         for parameter, gradient in zip(self._trained, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
@@ -130,7 +145,12 @@ class NCLQLUpdate:
                 batch.set(key, tensor)
             return batch
 
-        def first(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def gradients(total: Tensor) -> list[Tensor | None]:
+            found = torch.autograd.grad(total, trained, allow_unused=True)
+            # As the parameters lie in memory, for the optimizer's sake.
+            return [None if gradient is None else gradient.contiguous() for gradient in found]
+
+        def first(*tensors: Tensor) -> tuple[Any, ...]:
             batch = batch_of(tensors)
             loss_qvalue, metadata = loss.qvalue_loss(batch)
             total, loss_noise = loss_qvalue, torch.zeros_like(loss_qvalue)
@@ -138,16 +158,13 @@ class NCLQLUpdate:
                 loss_noise = loss.noise_loss(batch, metadata["pred_value"])
                 total = loss_qvalue + loss_noise
             means = (metadata[key].mean() for key in METADATA_KEYS)
-            gradients = torch.autograd.grad(total, trained, allow_unused=True)
             return (
-                metadata["td_error"], metadata["pred_value"], loss_qvalue.detach(), loss_noise.detach(), *means, *gradients
+                metadata["td_error"], metadata["pred_value"], loss_qvalue.detach(), loss_noise.detach(), *means, *gradients(total)
             )  # fmt: skip
 
-        def second(noise_target: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        def second(noise_target: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
             loss_noise = loss.noise_loss(batch_of(tensors), noise_target)
-            return loss_noise.detach(), *torch.autograd.grad(loss_noise, trained, allow_unused=True)
+            return loss_noise.detach(), *gradients(loss_noise)
 
-        def parameters() -> list[Tensor]:
-            return [*loss.parameters(), *loss.buffers(), *loss.target_qvalue_network_params.values(True, True)]
-
-        return Program(first, execution, parameters), Program(second, execution, parameters)
+        read = [*loss.parameters(), *loss.buffers()]
+        return Program(first, execution, read), Program(second, execution, read)
