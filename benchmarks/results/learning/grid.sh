@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every line of this directory's JSON files: benchmarks/results/learning/grid.sh pendulum|inverted|options|halfcheetah
+# Every line of this directory's JSON files: benchmarks/results/learning/grid.sh pendulum|inverted|options|tau|halfcheetah
 # Finished runs are skipped, so a grid that was stopped is continued by the same command.
 cd "$(dirname "$0")/../../.." || exit
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -32,5 +32,9 @@ case $1 in
     option "sigma_max 0.03, 8 levels" sampler.sigma_max=0.03 sampler.num_levels=8
     option "gradient of the lowest critic" sampler.ensemble_reduction=min
     ;;
-  *) echo "expected pendulum, inverted, options or halfcheetah" >&2; exit 2 ;;
+  tau) # target networks that follow four times as fast
+    learn algorithm=nclql,sac,nclql_best task=InvertedPendulum-v5 task.tau=0.02 \
+      output=benchmarks/results/learning/InvertedPendulum-v5-tau.jsonl
+    ;;
+  *) echo "expected pendulum, inverted, options, tau or halfcheetah" >&2; exit 2 ;;
 esac
