@@ -106,7 +106,7 @@ def check_runs(directory: Path) -> None:
     """A run that one rank's SIGTERM stopped, resumed, is the run that was never stopped."""
 
     def config(name: str) -> TrainConfig:
-        return load_config({}, [*TINY, f"run_dir={directory / name}", "sampler.w=auto", "sampler.target_spread=0.3"])
+        return load_config({}, [*TINY, f"run_dir={directory / name}", "sampler.w=auto", "sampler.target_spread=0.9"])
 
     rank = os.environ["RANK"]
     whole = train(config("whole"))

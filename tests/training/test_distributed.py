@@ -38,7 +38,7 @@ def test_two_learners_learn_as_one_and_resume_exactly(tiny_config: Callable[...,
     assert [row["frames"] for row in whole] == [52, 100, 152, 200, 240]
     assert whole == stopped
     assert whole == rows(tmp_path / "whole" / "rank-1"), "metrics are those of all ranks"
-    assert all(row["w"] != 500.0 for row in whole[1:4])
+    assert all(row["w"] < 500.0 for row in whole[1:4])
 
     config = tiny_config("collector.total_frames=300")
     config.resume = str(tmp_path / "stopped")
