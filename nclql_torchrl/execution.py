@@ -18,14 +18,16 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 from tensordict.nn import CudaGraphModule
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchrl import torchrl_logger
 
+from nclql_torchrl.mish import mish_with_slope
 from nclql_torchrl.value import ActionValue, check_choice
 
 Execution = Literal["eager", "compile", "cudagraph", "auto"]
@@ -162,33 +164,56 @@ class Executor:
 
 
 class Program:
-    """A function of tensors that reads and never writes parameters, run as chosen.
+    """A function of tensors that computes gradients and writes nothing, run as chosen.
+
+    Compiled or captured, it is traced once per shape of its inputs down to operations on tensors, gradients included:
+    a graph without any Python, which compiles in a tenth of the time that torch.compile needs for losses and
+    tensordicts, and has next to nothing to check at a call. What is no tensor, such as a loss's ``reward_scale``, is
+    read at the first call; tensors that the function reads are read at every call, wherever they are.
 
     Args:
-        function: tensors -> tuple of tensors; deterministic.
+        function: tensors -> tuple of tensors and None; deterministic.
         execution: "eager", "compile" or "cudagraph".
-        parameters: all other tensors that it reads; they change in place.
+        tensors: all other tensors that it reads.
     """
 
     def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], execution: Execution, parameters: Callable[[], list[Tensor]]
+        self, function: Callable[..., tuple[Any, ...]], execution: Execution, tensors: Sequence[Tensor]
     ) -> None:
-        self._function = function if execution == "eager" else compiled(function)
-        self._parameters = parameters
-        self._captures = execution == "cudagraph"
-        self._graphs: dict[tuple[object, ...], CudaGraphModule] = {}
+        self._function = function
+        self._execution = execution
+        self._tensors = tensors
+        self._traced: dict[tuple[object, ...], Callable[..., tuple[Any, ...]]] = {}
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
         """The function's value."""
-        # Gradients that the function itself asks for are part of its program.
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            if not self._captures:
-                return self._function(*inputs)
-            shapes = ((tensor.shape, tensor.dtype) for tensor in inputs)
-            key = (*shapes, *(tensor.data_ptr() for tensor in self._parameters()))
-            if key not in self._graphs:
-                self._graphs[key] = CudaGraphModule(self._function)  # pyright: ignore[reportArgumentType]
-            return self._graphs[key](*inputs)
+        if self._execution == "eager":
+            return self._function(*inputs)
+        # Shapes, and where the other tensors are: moved ones belong to another graph.
+        key = (*[tensor.shape for tensor in inputs], *[tensor.data_ptr() for tensor in self._tensors])
+        if key not in self._traced:
+            traced = torch.compile(_trace(self._function, inputs), fullgraph=True, dynamic=False)
+            captures = self._execution == "cudagraph"
+            self._traced[key] = CudaGraphModule(traced) if captures else traced  # pyright: ignore[reportArgumentType]
+        return self._traced[key](*inputs)
+
+
+def _trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
+    """The operations that a function performs, as a graph that tracks no gradients itself."""
+    aten = torch.ops.aten
+    graph = make_fx(
+        function,
+        # One exponential each, where torch's own decompositions take a logarithm and a hyperbolic tangent too, which
+        # cost as much as the matrix products.
+        decomposition_table={
+            aten.mish.default: lambda x: mish_with_slope(x)[0],
+            aten.mish_backward.default: lambda gradient, x: gradient * mish_with_slope(x)[1],
+        },
+    )(*inputs)
+    for name, parameter in list(graph.named_parameters()):
+        delattr(graph, name)
+        graph.register_buffer(name, parameter.detach())
+    return graph
 
 
 def _in_parts(

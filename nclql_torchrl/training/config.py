@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from envs import ENGINES
 from nclql_torchrl.execution import Execution
@@ -200,6 +201,8 @@ class TrainConfig:
     """Where the run is written; null: runs/<task>/<time>-seed<seed>."""
     resume: str | None = None
     """Run directory to continue."""
+    profile: bool = False
+    """Measure where the time goes: prints shares, and writes profile.json and trace.json to the run directory."""
 
 
 OPEN_NAMES = ("env.task_options.", "env.engine_options.")
@@ -207,6 +210,7 @@ OPEN_NAMES = ("env.task_options.", "env.engine_options.")
 
 RESUMABLE_KEYS = (
     "collector.total_frames",
+    "profile",
     "collector.device",
     "env.max_diverged_fraction",
     "logger.",
@@ -371,7 +375,7 @@ def load_config(saved: str | Mapping[str, Any], overrides: Sequence[str] = ()) -
         values = OmegaConf.load(saved) if isinstance(saved, str) else OmegaConf.create(dict(saved))
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), values, OmegaConf.from_dotlist(list(overrides)))
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{saved} does not fit this version's configuration: {error}") from error
     assert isinstance(config, TrainConfig)
     return config

@@ -278,4 +278,4 @@ def automatic_path(config: TrainConfig) -> Path:
 
 
 def _with_integer_counts(row: Mapping[str, float]) -> dict[str, float]:
-    return {name: int(value) if name in ("frames", "updates") else value for name, value in row.items()}
+    return {name: int(value) if name in ("frames", "updates", "diverged") else value for name, value in row.items()}

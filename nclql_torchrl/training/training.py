@@ -47,6 +47,7 @@ from nclql_torchrl.training.memory import check_replay_fits
 from nclql_torchrl.training.metrics import MetricsWindow
 from nclql_torchrl.training.replay_state import ReplayState
 from nclql_torchrl.training.run_directory import RunDirectory, refuse_taken
+from nclql_torchrl.training.time_profile import TimeProfile
 
 TEMPERATURE_INTERVAL = 10
 """Updates between two corrections of w: the critics change little in between, and chains are what costs."""
@@ -160,6 +161,23 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
             return sentence
         return f"Saved {path}."
 
+    profile = None
+    if config.profile:
+        profile = stack.enter_context(TimeProfile(run.path))
+        profile.watch(env.base_env, "_step", "simulation")
+        profile.watch(env.base_env, "_reset", "simulation")
+        profile.watch(actor, "forward", "acting")
+        profile.watch(replay_buffer, "extend", "replay")
+        profile.watch(replay_buffer, "sample", "replay")
+        profile.watch(loss, "draw", "target sampling")
+        profile.watch(update, "learn", "critic update")
+        if temperature is not None:
+            profile.watch(temperature, "step", "temperature")
+        for function in ("sampler_diagnostics", "run_evaluation", "report"):
+            profile.watch(sys.modules[__name__], function, "logging and evaluation")
+        for function in ("save_checkpoint", "keep_best"):
+            profile.watch(sys.modules[__name__], function, "checkpoints")
+
     stop.abandon = False
     batches = iter(collector)
     warm = False
@@ -174,6 +192,8 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
                 if temperature is not None and updates % TEMPERATURE_INTERVAL == 0:
                     temperature.step(learned)
                     learners.average_(actor.sampler.w)
+            if profile is not None:
+                profile.advance(updates)
             if learners.stop_signal is not None:
                 break  # what is owed of this batch is learned and reported when the run is resumed
             if crossed(config.collector.weight_update_interval, previous_updates, updates):
@@ -245,6 +265,8 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
             frames += learners.world_size * batch.numel()
             bar.update(learners.world_size * batch.numel())
         saved = save()
+    if profile is not None:
+        say(profile.report())
 
     if learners.stop_signal is not None:
         run.draw_learning_curve(config.env.task)
