@@ -127,6 +127,8 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
     restored = learners.latest_checkpoint(run)
     if restored is not None:
         load_checkpoint(checkpoint, restored, task=config.env.task, device=device)
+        if config.collector.backend != "direct":
+            say("Everything is restored but what the workers were doing: they begin new episodes.")
     run.rewind_metrics(progress["reported_frames"])
     run.write_config(config)
     logger = RunLogger(config.logger.backend, run, progress["reported_frames"], say)
