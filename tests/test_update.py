@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam
 from torchrl.objectives import SoftUpdate
 
 from nclql_torchrl import LangevinActor, NCLQLLoss, NCLQLUpdate, NoiseSchedule
+from nclql_torchrl.training.metrics import MetricsWindow
 
 MakeActor = Callable[..., LangevinActor]
 MakeBatch = Callable[..., TensorDict]
@@ -117,7 +118,8 @@ def test_everything_random_is_drawn_before(make_actor: MakeActor, make_batch: Ma
     loss, batch = NCLQLLoss(make_actor()), make_batch()
     drawn = loss.draw(batch)
     assert drawn["next_action"].shape == drawn["action_noise"].shape == (12, 2)
-    assert drawn["noise_level"].shape == (12,) and "next_action" not in batch.keys()
+    assert drawn["noise_level"].shape == (12,)
+    assert batch.get("next_action", None) is None
     before = torch.random.get_rng_state()
     first, second = loss(drawn.clone()), loss(drawn.clone())
     assert torch.equal(before, torch.random.get_rng_state())
@@ -171,3 +173,19 @@ def test_compiled_is_eager_and_compiles_once(make_actor: MakeActor, make_batch: 
 def test_gpu_modes_stay_eager(make_actor: MakeActor, make_batch: MakeBatch, execution: str) -> None:
     updates = twins(make_actor, execution, "cuda")
     assert_stays_eager(updates, (fixed(make_batch()).to("cuda") for _ in range(6)), atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_updates_do_not_wait_for_the_gpu(make_actor: MakeActor, make_batch: MakeBatch) -> None:
+    loss = NCLQLLoss(make_actor(execution="cudagraph").to("cuda"))
+    update = NCLQLUpdate(loss, Adam(loss.parameters(), lr=1e-3, fused=True), SoftUpdate(loss, tau=0.1))
+    batch, window = make_batch().to("cuda"), MetricsWindow()
+    window.add_update(update(batch.clone()))  # captures
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            window.add_update(update(batch.clone()))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert window.first_diverged_update(4) is None
