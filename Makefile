@@ -1,11 +1,11 @@
-# make train | make test | make lint | make typecheck
+# make train | make test | make lint | make typecheck | make docs
 # Each creates the virtual environment and installs what is missing; nothing happens when it is up to date.
 
 PYTHON ?= python3
 VENV ?= .venv
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 PRESET ?= $(if $(GPU),gpu_4096,cpu)
-EXTRAS = test,lint,tensorboard,video,examples,export$(if $(GPU),$(comma)cuda)
+EXTRAS = test,lint,tensorboard,video,ray,examples,export,docs$(if $(GPU),$(comma)cuda)
 comma := ,
 ARGS ?=
 
@@ -22,7 +22,7 @@ export CI
 STAMP = $(VENV)/.installed
 TORCH = $(shell grep '^torch==' constraints.txt)
 
-.PHONY: train test lint typecheck install
+.PHONY: train test lint typecheck docs install
 
 train: $(STAMP)
 	$(VENV)/bin/nclql-train preset=$(PRESET) $(ARGS)
@@ -37,6 +37,10 @@ lint: $(STAMP)
 
 typecheck: $(STAMP)
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+# The site, into site/: a broken link or reference is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 install: $(STAMP)
 

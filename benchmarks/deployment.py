@@ -1,9 +1,9 @@
 """Latency of one policy call, from observation to action: the actor in Python against its ahead-of-time program.
 
-``python -m benchmarks.deployment --programs DIR [--states 1] [--json O]``: the programs are compiled into DIR/STATES unless
-they are there already. Critics of 3x256, observation 17, action 6, 10 levels of 2 steps, float32; all timed in turn, in one
-process, beside the same chain as one jitted JAX program (which draws its own noise, as the actor does; ``sampling.pt2``
-is given noise that is drawn within the timed call, ``deterministic.pt2`` has none).
+``python -m benchmarks.deployment --programs DIR [--states 1] [--json O]``: the programs are compiled into DIR/STATES
+unless they are there. Critics of 3x256, observation 17, action 6, 10 levels of 2 steps, float32; all timed in turn, in
+one process, beside the same chain as one jitted JAX program, which draws its noise as the actor does. ``sampling.pt2``
+is given noise that is drawn within the timed call; ``deterministic.pt2`` needs none.
 """
 
 from __future__ import annotations
@@ -66,10 +66,8 @@ def main() -> None:
             case = measure(states, arguments.programs / str(states), arguments.rounds)
             result["cases"].append(case)
             for name, row in case["figures"].items():
-                print(
-                    f"{states} states  {name:18s} {row['median_ms']:7.2f} ms ({row['p10_ms']:.2f} to {row['p90_ms']:.2f})"
-                    f"  ratio to JAX {row['ratio']:.2f}"
-                )
+                spread = f"{row['p10_ms']:.2f} to {row['p90_ms']:.2f}"
+                print(f"{states}  {name:18s} {row['median_ms']:7.2f} ms ({spread})  ratio to JAX {row['ratio']:.2f}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

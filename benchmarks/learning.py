@@ -118,15 +118,16 @@ class Stopwatch:
         self.cpu += time.process_time() - cpu
 
 
-def run(config: LearningConfig) -> dict[str, Any]:
+def run(config: LearningConfig) -> tuple[dict[str, Any], Algorithm]:
     """Trains once.
 
     Args:
         config: algorithm, task and seed.
 
     Returns:
-        The run's record: JSON values. ``curve`` has a point for each evaluation; seconds count collecting and learning,
-        not evaluations and not the ``warm_up`` (the first two updates and the actions before them, which compile).
+        The run's record and what it trained. The record is JSON values; its ``curve`` has a point for each evaluation,
+        whose seconds count collecting and learning, not evaluations and not the warm-up (the first two updates and the
+        actions before them, which compile).
 
     Raises:
         ValueError: for a family or an option that does not exist.
@@ -180,13 +181,13 @@ def run(config: LearningConfig) -> dict[str, Any]:
 
         # Evaluate, on a clock of its own.
         if frames % task.eval_interval < task.num_envs and updates > 0:
-            if not all(math.isfinite(float(value)) for value in metrics.values()):
+            if not all(math.isfinite(value) for value in metrics.to_dict().values()):
                 raise FloatingPointError(f"{config.algorithm.name} on {task.name} diverged before frame {frames}.")
             point = {"frames": frames, "updates": updates, "wall_seconds": training.wall, "cpu_seconds": training.cpu}
             curve.append(point | evaluate(config, algorithm))
     collector.shutdown()
     measured_updates = updates - WARM_UP_UPDATES
-    return {
+    record = {
         "config": identity(config),
         "curve": curve,
         "evaluation": f"{task.eval_episodes} whole episodes, deterministic actions, Gymnasium's {task.name}",
@@ -197,6 +198,7 @@ def run(config: LearningConfig) -> dict[str, Any]:
         "warm_up_seconds": warm_up.wall,
         "machine": describe_machine(("torch", "torchrl", "tensordict", "gymnasium", "mujoco", "numpy")),
     }
+    return record, algorithm
 
 
 def make_problem(task: TaskConfig, env: EnvBase) -> Problem:
@@ -275,7 +277,7 @@ def run_once(config: LearningConfig) -> None:
     if any(record["config"] == identity(config) for record in read_records(path)):
         print(f"{label}: already in {path}", flush=True)
         return
-    record = run(config)
+    record, _ = run(config)
     append_record(path, record)
     last = record["curve"][-1]
     print(

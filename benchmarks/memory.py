@@ -23,18 +23,19 @@ from nclql_torchrl.training import RunDirectory
 RESULTS = Path(__file__).parent / "results" / "memory"
 TASK = "InvertedPendulum-v5"
 PERIOD = 0.25
+UTD_RATIO = 2
 
 
 def run_options(engine: str, updates: int) -> list[str]:
     """A run of so many updates that passes through everything a long run does: the replay buffer is full early."""
-    interval = max(updates // 100, 1)
+    frames, percent = updates // UTD_RATIO, max(updates // UTD_RATIO // 100, 1)
     return [
         f"env.task={TASK}", f"env.engine={engine}", "env.num_envs=4", "collector.init_random_frames=400",
-        f"collector.total_frames={4 * updates + 400}", "optim.utd_ratio=0.25", "optim.batch_size=32",
-        "replay_buffer.size=4000", "network.hidden_sizes=[32,32]", "sampler.num_levels=2", "sampler.sigma_max=0.02",
-        "sampler.sigma_min=0.01", "sampler.steps_per_level=1", "logger.backend=csv",
-        f"logger.log_interval={4 * interval}", f"logger.eval_interval={40 * interval}", "logger.eval_episodes=1",
-        f"checkpoint.interval={20 * interval}", "device=cpu",
+        f"collector.total_frames={frames + 400}", f"optim.utd_ratio={UTD_RATIO}", "optim.batch_size=32",
+        "optim.update=summed", "replay_buffer.size=1000", "network.hidden_sizes=[32]", "network.num_critics=1",
+        "sampler.num_levels=2", "sampler.sigma_max=0.02", "sampler.sigma_min=0.01", "sampler.steps_per_level=1",
+        "sampler.execution=auto", "logger.backend=csv", f"logger.log_interval={percent}",
+        f"logger.eval_interval={5 * percent}", "logger.eval_episodes=1", f"checkpoint.interval={2 * percent}", "device=cpu",
     ]  # fmt: skip
 
 

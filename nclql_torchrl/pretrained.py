@@ -26,14 +26,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.data import Bounded
+from torchrl.data import Bounded, Composite
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.program import compile_programs
 from nclql_torchrl.training.components import make_actor_for
-from nclql_torchrl.training.config import ConfigError, SamplerConfig, TrainConfig, load_config, validate
+from nclql_torchrl.training.config import TrainConfig, check_override_keys, load_config, validate
 from nclql_torchrl.training.evaluation import load_policy
 
 FORMAT = 1
@@ -87,9 +88,15 @@ class NCLQLAgent(TensorDictModuleBase):
         super().__init__()
         self.config = config
         self.observation_dim = observation_dim
-        self.spec = Bounded(action_low, action_high, action_low.shape, dtype=torch.float32)
-        self.actor = make_actor_for(config, observation_dim, self.spec, torch.device(device))
-        self.in_keys, self.out_keys = self.actor.in_keys, self.actor.out_keys
+        spec = Bounded(action_low, action_high, action_low.shape, dtype=torch.float32)
+        self.actor = make_actor_for(config, observation_dim, spec, torch.device(device))
+        self.in_keys: list[NestedKey] = self.actor.in_keys
+        self.out_keys: list[NestedKey] = self.actor.out_keys
+
+    @property
+    def spec(self) -> Composite:
+        """Spec of what the agent writes."""
+        return self.actor.spec
 
     def forward(self, *args: Any, **kwargs: Any) -> TensorDictBase | Tensor:
         """Writes the action into a tensordict, or returns it: see :meth:`LangevinActor.forward`."""
@@ -155,11 +162,7 @@ class NCLQLAgent(TensorDictModuleBase):
         directory = _directory(path_or_hub_id)
         content = _read_config(directory / CONFIG)
         config = load_config(content["training"])
-        unknown = sorted(set(sampler) - set(asdict(SamplerConfig())))
-        if unknown:
-            raise ConfigError(
-                f"There is no sampler option {unknown[0]!r}; expected {', '.join(asdict(SamplerConfig()))}."
-            )
+        check_override_keys([f"sampler.{name}=" for name in sampler])
         config = replace(config, sampler=replace(config.sampler, **sampler))
         validate(config)
         low, high = (torch.tensor(content[name], dtype=torch.float32) for name in ("action_low", "action_high"))
@@ -196,12 +199,13 @@ class NCLQLAgent(TensorDictModuleBase):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(_weights(self.actor), temporary / WEIGHTS)
+        spec: Any = self.spec["action"]
         content = {
             "format": FORMAT,
             "versions": {name: version(name) for name in ("nclql-torchrl", "torch", "torchrl")},
             "observation_dim": self.observation_dim,
-            "action_low": self.spec.low.tolist(),
-            "action_high": self.spec.high.tolist(),
+            "action_low": spec.low.tolist(),
+            "action_high": spec.high.tolist(),
             # Paths of the machine that trained it are nobody else's business.
             "training": asdict(replace(self.config, run_dir=None, resume=None)),
         }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from nclql_torchrl.actor import LangevinActor
+from nclql_torchrl.langevin import LangevinSampler
 
 Program = Callable[..., Tensor]
 """Takes and returns tensors on the device that it was compiled for."""
@@ -25,7 +26,7 @@ DETERMINISTIC, SAMPLING = "deterministic.pt2", "sampling.pt2"
 
 TOLERANCE = 1e-3
 """Of a whole chain in float32, in units of half the action range. Two programs round each operation differently, by
-1e-7; the normalised gradient, whose direction turns fast where the gradient is small, magnifies that at a few states."""
+1e-7; the normalised gradient, whose direction turns fast where the gradient is small, magnifies that at some states."""
 
 
 class ProgramError(RuntimeError):
@@ -41,6 +42,15 @@ class SamplingPolicy(nn.Module):
     Raises:
         ValueError: for an actor that cannot be a program.
     """
+
+    actor: LangevinActor
+    """Read for its settings."""
+
+    sampler: LangevinSampler
+    """The actor's own."""
+
+    weight_0: Tensor
+    """The first of the weights: its type and place are the program's."""
 
     def __init__(self, actor: LangevinActor) -> None:
         super().__init__()
@@ -94,7 +104,10 @@ class DeterministicPolicy(nn.Module):
     """:class:`SamplingPolicy` from fixed starts and without noise."""
 
     initial_action: Tensor
+    """Shape [states, num_particles, action_dim]."""
+
     noise: Tensor
+    """Zeros, shape [states, num_particles, num_levels, steps_per_level, noise_dim]."""
 
     def __init__(self, policy: SamplingPolicy, states: int) -> None:
         super().__init__()

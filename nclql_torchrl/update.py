@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,9 @@ from nclql_torchrl.value import check_choice
 
 UpdateMode = Literal["sequential", "summed"]
 """The authors' TD step followed by a noise step, or one step on the sum of the two losses."""
+
+Average = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
+"""Gradients of one learner -> their means over all learners."""
 
 
 class NCLQLUpdate:
@@ -37,6 +40,8 @@ class NCLQLUpdate:
         mode: "sequential" or "summed".
         execution: how losses and gradients are computed, see :mod:`nclql_torchrl.execution`. Defaults to that of the
             sampler.
+        average: applied to the gradients before each step of the optimizer, None for parameters without one: how
+            several learners that train together average theirs.
 
     Raises:
         ValueError: for an unknown mode or execution.
@@ -69,12 +74,14 @@ class NCLQLUpdate:
         target_updater: TargetNetUpdater | None = None,
         mode: UpdateMode = "sequential",
         execution: Execution | None = None,
+        average: Average | None = None,
     ) -> None:
         check_choice("mode", mode, UpdateMode)
         self.loss = loss
         self.optimizer = optimizer
         self.target_updater = target_updater
         self.mode = mode
+        self.average = average
         self.execution: Execution = loss.sampler.execution if execution is None else execution
         check_execution(self.execution)
         self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -112,6 +119,8 @@ class NCLQLUpdate:
 
     def _step(self, gradients: Sequence[Tensor | None]) -> None:
         """One step of the optimizer along given gradients."""
+        if self.average is not None:
+            gradients = self.average(gradients)
         for parameter, gradient in zip(self._trained, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()

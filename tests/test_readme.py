@@ -1,4 +1,4 @@
-"""The README says what is true."""
+"""The README and the pages of docs/ say what is true."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nclql_torchrl.commands.evaluate import EvaluateConfig
+from nclql_torchrl.commands.export import ExportConfig
 from nclql_torchrl.commands.profile import as_list
 from nclql_torchrl.profiling import ProfileConfig
 from nclql_torchrl.profiling.config import validate as validate_profile
@@ -25,22 +26,30 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
 RESULTS_PAGE = (RESULTS / "README.md").read_text()
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = {"README.md": README} | {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def examples(page: str) -> list[str]:
+    """A page's blocks of Python."""
+    return re.findall(r"^```python\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if examples(page)])
 def test_examples_run(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # In this process: a new one would spend most of its time on importing.
+    # In this process: a new one would spend most of its time on importing. A later block may go on from an earlier one.
     monkeypatch.chdir(tmp_path)
-    exec(compile(EXAMPLES[number], f"README.md, example {number}", "exec"), {"__name__": "example"})
-    # Each ends by printing a figure.
-    assert re.search(r"-?\d+\.\d+", capsys.readouterr().out)
+    namespace: dict[str, object] = {"__name__": "example"}
+    for number, block in enumerate(examples(page)):
+        exec(compile(block, f"{page}, example {number}", "exec"), namespace)
+        # Each ends by printing a figure.
+        assert re.search(r"-?\d+\.\d+", capsys.readouterr().out), f"{page}, example {number} printed no figure"
 
 
 def test_there_is_a_library_example() -> None:
-    assert EXAMPLES and "NCLQLLoss" in EXAMPLES[0] and EXAMPLES[0].count("\n") <= 20
+    first = examples("README.md")[0]
+    assert "NCLQLLoss" in first and first.count("\n") <= 20
 
 
 def attribute_docstrings() -> dict[tuple[str, str], str]:
@@ -75,17 +84,18 @@ def test_the_configuration_table_is_complete() -> None:
     assert [line for line in section.splitlines() if line.startswith("| `")] == expected
 
 
-def test_files_that_it_names_exist() -> None:
-    named = re.findall(r"`((?:nclql_torchrl|envs|benchmarks|tests)/[\w./]*)`", README)
-    assert len(named) > 5
+def test_files_that_they_name_exist() -> None:
+    named = re.findall(r"`((?:nclql_torchrl|envs|benchmarks|tests|examples)/[\w./]*)`", "".join(PAGES.values()))
+    assert len(named) > 15
     assert [name for name in named if not (ROOT / name).exists()] == []
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
 def commands(program: str) -> list[list[str]]:
-    """Arguments of every call of a program in the shell blocks of both pages."""
-    shell = "".join(re.findall(r"^```bash\n(.*?)^```", README + RESULTS_PAGE, re.MULTILINE | re.DOTALL))
+    """Arguments of every call of a program in the shell blocks of all pages."""
+    text = "".join([*PAGES.values(), RESULTS_PAGE])
+    shell = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     calls = [shlex.split(line, comments=True) for line in shell.replace("\\\n", " ").splitlines()]
     return [call[1:] for call in calls if call and call[0] == program]
 
@@ -99,6 +109,9 @@ def test_commands_are_accepted() -> None:
         validate(config.load_config({}, options))
     for arguments in commands("nclql-evaluate"):
         config.check_override_keys(arguments, EvaluateConfig)
+    assert commands("nclql-export")
+    for arguments in commands("nclql-export"):
+        config.check_override_keys(arguments, ExportConfig)
     assert commands("nclql-profile")
     for arguments in commands("nclql-profile"):
         options = [as_list(text, "-m" in arguments) for text in arguments]

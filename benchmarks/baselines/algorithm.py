@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.data import Bounded
 from torchrl.modules import MLP, ValueOperator
 from torchrl.objectives import LossModule
 from torchrl.objectives.utils import _vmap_func
@@ -53,18 +54,6 @@ class Problem:
         """Middle of the action range, shape [action_dim]."""
         return (self.action_spec.high + self.action_spec.low) / 2
 
-    # What the package's make_actor reads of an environment.
-
-    @property
-    def action_spec_unbatched(self) -> Bounded:
-        """The action's spec."""
-        return self.action_spec
-
-    @property
-    def observation_spec_unbatched(self) -> Composite:
-        """The observation's spec."""
-        return Composite(observation=Unbounded(torch.Size([self.observation_dim])))
-
 
 @dataclass
 class Algorithm:
@@ -98,7 +87,7 @@ class LowestValue(TensorDictModuleBase):
         super().__init__()
         network = loss.qvalue_network
         assert isinstance(network, TensorDictModuleBase)
-        self.in_keys = list(network.in_keys)
+        self.in_keys: list[NestedKey] = list(network.in_keys)
         self.out_keys = [VALUE_KEY]
         # In __dict__: the parameters are the loss's.
         self.__dict__["_loss"] = loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDictBase
@@ -114,7 +116,7 @@ class QSMLoss(ActorCriticLoss):
         action = (tensordict.get(self.tensor_keys.action) - self.center) / self.half_range
         observation = tensordict.get(self.tensor_keys.observation)
         with self.actor_network_params.to_module(self.actor_network):
-            diffusion = self.actor_network[0].module
+            diffusion: Any = self.actor_network[0].module
             score: ScoreNetwork = diffusion.score_network
             step = torch.randint(score.num_steps, action.shape[:-1], device=action.device)
             noisy_action, _ = diffusion.add_noise(action, step)

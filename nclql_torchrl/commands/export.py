@@ -12,6 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from torchrl.checkpoint import CheckpointError
 
 from nclql_torchrl.training.checkpoint import latest_checkpoint, read_metadata
+from nclql_torchrl.training.components import make_device
 from nclql_torchrl.training.config import ConfigError, check_override_keys
 from nclql_torchrl.training.run_directory import RunDirectory
 
@@ -28,6 +29,8 @@ class ExportConfig:
     """Also compile the policy ahead of time for this machine: deterministic.pt2 and sampling.pt2."""
     states: int = 1
     """With program=true: observations that one call acts on."""
+    device: str = "auto"
+    """With program=true: what the programs run on; auto (a GPU when there is one), cpu, cuda or cuda:<index>."""
 
 
 ConfigStore.instance().store(name="export_schema", node=ExportConfig)
@@ -69,7 +72,7 @@ def _export(composed: DictConfig) -> None:
     checkpoint = Path(options.checkpoint)
     if (checkpoint / "checkpoints").is_dir():
         checkpoint = latest_checkpoint(checkpoint / "checkpoints")
-    agent = NCLQLAgent.from_run(checkpoint)
+    agent = NCLQLAgent.from_run(checkpoint, device=make_device(options.device))
     run, metadata = RunDirectory.containing(checkpoint), read_metadata(checkpoint)
     frames = metadata["frames"]
     score = measured_score(run, frames)

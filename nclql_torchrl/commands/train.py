@@ -15,6 +15,7 @@ from torchrl.checkpoint import CheckpointError
 
 from nclql_torchrl.training import Interrupted, RunDirectory, TrainConfig, TrainingError, train
 from nclql_torchrl.training.config import OPEN_NAMES, RESUMABLE_KEYS, ConfigError, check_override_keys, load_config
+from nclql_torchrl.training.distributed import is_rank_zero
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
 
@@ -37,11 +38,14 @@ def _hydra_main(composed: DictConfig) -> None:
     try:
         summary = train(_configure(composed))
     except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
+        if is_rank_zero():
+            print(interruption, file=sys.stderr)
         sys.exit(interruption.exit_status)
     except (ValueError, OSError, CheckpointError, TrainingError) as error:
         # What the user can act on is one sentence; anything else keeps its traceback.
         sys.exit(f"nclql-train: {error}")
+    if not is_rank_zero():
+        return
     run = RunDirectory.open(summary["run_dir"])
     print(
         f"{summary['task']}: return {summary['return_mean']:.1f} ± {summary['return_std']:.1f} over "

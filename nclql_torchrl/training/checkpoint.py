@@ -8,6 +8,7 @@ docs/checkpoints.md says what is in it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -121,6 +122,12 @@ def _write(checkpoint: Checkpoint, path: Path, **options: Any) -> None:
             _sync(file)
         os.replace(temporary, path)
         _sync(path.parent)
+    except RuntimeError as error:
+        # torch, which prepares an archive's files, has no other kind of error.
+        full = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
+        if any(text in str(error) for text in full):
+            raise OSError(str(error)) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

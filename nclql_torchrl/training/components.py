@@ -18,7 +18,7 @@ from nclql_torchrl.loss import NCLQLLoss
 from nclql_torchrl.schedule import NoiseSchedule
 from nclql_torchrl.temperature import AutomaticTemperature
 from nclql_torchrl.training.config import ConfigError, TrainConfig
-from nclql_torchrl.update import NCLQLUpdate
+from nclql_torchrl.update import Average, NCLQLUpdate
 
 INITIAL_W = 500.0
 """Where ``sampler.w=auto`` starts: the authors' value."""
@@ -143,11 +143,20 @@ def make_loss(config: TrainConfig, actor: LangevinActor) -> NCLQLLoss:
     return loss
 
 
-def make_update(config: TrainConfig, loss: NCLQLLoss) -> NCLQLUpdate:
-    """The update: Adam, then the soft step of the targets; it runs as ``sampler.execution`` says."""
+def make_update(config: TrainConfig, loss: NCLQLLoss, average: Average | None = None) -> NCLQLUpdate:
+    """The update: Adam, then the soft step of the targets; it runs as ``sampler.execution`` says.
+
+    ``average`` is for several learners.
+    """
     optimizer = Adam(loss.parameters(), lr=config.optim.lr, fused=True)
     target_updater = SoftUpdate(loss, eps=config.optim.target_update_polyak)
-    return NCLQLUpdate(loss, optimizer, target_updater, mode=config.optim.update)  # pyright: ignore[reportArgumentType]
+    return NCLQLUpdate(
+        loss,
+        optimizer,
+        target_updater,
+        mode=config.optim.update,  # pyright: ignore[reportArgumentType]
+        average=average,
+    )
 
 
 def make_replay_buffer(config: TrainConfig, device: torch.device) -> TensorDictReplayBuffer:

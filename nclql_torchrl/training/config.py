@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from envs import ENGINES
 from nclql_torchrl.execution import Execution
@@ -374,7 +375,7 @@ def load_config(saved: str | Mapping[str, Any], overrides: Sequence[str] = ()) -
         values = OmegaConf.load(saved) if isinstance(saved, str) else OmegaConf.create(dict(saved))
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), values, OmegaConf.from_dotlist(list(overrides)))
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{saved} does not fit this version's configuration: {error}") from error
     assert isinstance(config, TrainConfig)
     return config

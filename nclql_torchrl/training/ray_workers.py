@@ -3,8 +3,9 @@
 TorchRL's ``RayCollector`` ends with the first of its actors that dies: its iterator asks Ray for what that actor should
 have collected, and passes the error on. So the actors here are our own; each holds one ordinary TorchRL ``Collector``.
 
-Ray passes objects between its processes as pickles: whoever can reach its ports can run code there. A cluster that is
-started here listens on loopback only, and asks for a token; for another one, which ``RAY_ADDRESS`` names, whoever started it decides.
+Ray passes objects between its processes as pickles: whoever can reach its ports, and has its token, can run code there.
+A cluster that is started here listens on loopback only. Of another one, which ``RAY_ADDRESS`` names, whoever started it
+decided.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray._private import ray_constants
 from ray.exceptions import RayActorError
 from tensordict import TensorDict, TensorDictBase
 
@@ -29,7 +31,6 @@ from nclql_torchrl.training.collection import make_collector, weights_of, worker
 from nclql_torchrl.training.components import make_actor, make_device, make_train_env
 from nclql_torchrl.training.config import ConfigError, TrainConfig
 
-LOOPBACK = "127.0.0.1"
 MAX_DEATHS = 3
 """Times in a row that a worker may die before it delivers anything: what always fails is an error."""
 
@@ -178,10 +179,11 @@ def connect(config: TrainConfig) -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     options: dict[str, Any] = {}
     if address == "local":
-        # Nothing leaves this machine: neither its ports nor statistics of its use.
+        # Nothing leaves this machine, not even statistics of its use. Ray listens on loopback only where it takes the
+        # machine for one of those, macOS and Windows, that it makes no clusters of.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        num_cpus = max(os.cpu_count() or 1, config.collector.num_workers)
-        options = {"num_cpus": num_cpus, "include_dashboard": False, "_node_ip_address": LOOPBACK}
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        options = {"num_cpus": max(os.cpu_count() or 1, config.collector.num_workers), "include_dashboard": False}
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)

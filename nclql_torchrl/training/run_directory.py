@@ -96,7 +96,7 @@ class RunDirectory:
             FileExistsError: if the path is taken, by a run or by anything else.
             BlockingIOError: if another process is making it at this moment.
         """
-        path = _automatic_path(config) if config.run_dir is None else Path(config.run_dir)
+        path = automatic_path(config) if config.run_dir is None else Path(config.run_dir)
         refuse_taken(path)
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path.resolve())
@@ -266,7 +266,8 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _automatic_path(config: TrainConfig) -> Path:
+def automatic_path(config: TrainConfig) -> Path:
+    """Where a run is written that has no ``run_dir``: a path that is not taken."""
     name = f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed}"
     path = Path("runs", config.env.task, name)
     number = 1
@@ -277,4 +278,4 @@ def _automatic_path(config: TrainConfig) -> Path:
 
 
 def _with_integer_counts(row: Mapping[str, float]) -> dict[str, float]:
-    return {name: int(value) if name in ("frames", "updates") else value for name, value in row.items()}
+    return {name: int(value) if name in ("frames", "updates", "diverged") else value for name, value in row.items()}

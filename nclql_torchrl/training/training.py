@@ -31,7 +31,6 @@ from nclql_torchrl.training.checkpoint import (
 from nclql_torchrl.training.collection import collection_metrics, collector_state, make_collector
 from nclql_torchrl.training.components import (
     make_actor,
-    make_device,
     make_loss,
     make_replay_buffer,
     make_temperature,
@@ -40,6 +39,7 @@ from nclql_torchrl.training.components import (
     sample,
 )
 from nclql_torchrl.training.config import TrainConfig, validate
+from nclql_torchrl.training.distributed import Learners
 from nclql_torchrl.training.evaluation import SEED_OFFSET, Evaluation, evaluate
 from nclql_torchrl.training.interruption import Abandoned, Interrupted, StopRequest
 from nclql_torchrl.training.loggers import RunLogger
@@ -75,31 +75,34 @@ def train(config: TrainConfig) -> dict[str, Any]:
     validate(config)
     with ExitStack() as stack, StopRequest(abandon=True) as stop:
         try:
-            return _train(config, stack, stop)
+            learners = stack.enter_context(Learners())
+            return _train(learners.localize(config), learners, stack, stop)
         except Abandoned:
             assert stop.signal_number is not None
             raise Interrupted("Stopped; there was nothing that is not saved.", stop.signal_number) from None
 
 
-def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str, Any]:
+def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: StopRequest) -> dict[str, Any]:
     """The run; ``stack`` ends what has to be ended, and ``stop`` knows of signals."""
+    share = learners.share(config)
     run = None
     if config.resume is not None:
         run = stack.enter_context(RunDirectory.open(config.resume))
         run.lock()
     elif config.run_dir is not None:
         refuse_taken(Path(config.run_dir))
-    device = make_device(config.device)
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    device = learners.device(config.device)
+    random.seed(share.seed)
+    np.random.seed(share.seed)
+    torch.manual_seed(share.seed)
 
-    env = make_train_env(config, device)
+    env = make_train_env(share, device)
     actor = make_actor(config, env, device)
     loss = make_loss(config, actor)
-    update = make_update(config, loss)
+    learners.broadcast(loss)
+    update = make_update(config, loss, learners.average)
     temperature = make_temperature(config, actor)
-    collector = make_collector(config, env, actor, device)
+    collector = make_collector(share, env, actor, device)
     stack.callback(collector.shutdown)
     check_replay_fits(config.replay_buffer.size, env, loss.in_keys, device)
     replay_buffer = make_replay_buffer(config, device)
@@ -118,10 +121,12 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
         window=window,
         **({} if temperature is None else {"temperature": temperature}),
     )
-    if run is None:
-        run = stack.enter_context(RunDirectory.create(config))
-    elif run.has_checkpoint():
-        load_checkpoint(checkpoint, latest_checkpoint(run.checkpoints), task=config.env.task, device=device)
+    with learners.rank_zero_first():
+        if run is None:
+            run = stack.enter_context(RunDirectory.create(config))
+    restored = learners.latest_checkpoint(run)
+    if restored is not None:
+        load_checkpoint(checkpoint, restored, task=config.env.task, device=device)
     run.rewind_metrics(progress["reported_frames"])
     run.write_config(config)
     logger = RunLogger(config.logger.backend, run, progress["reported_frames"], say)
@@ -133,10 +138,10 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
     evaluation, evaluated_at = None, -1
     bar = tqdm(
         total=config.collector.total_frames, initial=frames, unit=" frames", smoothing=0.05, dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        mininterval=0.5 if sys.stderr.isatty() else 30.0, disable=learners.rank > 0,
     )  # fmt: skip
 
-    metadata = {"task": config.env.task}
+    metadata = {"task": config.env.task, "world_size": learners.world_size}
 
     def save() -> str:
         """Saves a checkpoint, and returns a sentence that says so; on a full disk the run goes on without it."""
@@ -145,9 +150,10 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
         seconds = previous_seconds + time.monotonic() - start
         progress.update(frames=frames, updates=updates, reported_frames=reported_frames, seconds=seconds)
         try:
-            path = save_checkpoint(
-                checkpoint, run.checkpoints, frames=frames, keep=config.checkpoint.keep, metadata=metadata
-            )
+            # The other ranks keep one more: rank 0's, the last to be written, may not be.
+            keep = config.checkpoint.keep + min(1, learners.rank)
+            with learners.rank_zero_last():
+                path = save_checkpoint(checkpoint, run.checkpoints, frames=frames, keep=keep, metadata=metadata)
         except OSError as error:
             kept = latest_checkpoint(run.checkpoints) if run.has_checkpoint() else "none"
             sentence = f"The checkpoint after {frames} frames was not written ({error}); the last one is {kept}."
@@ -174,23 +180,24 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
 
     stop.abandon = False
     batches = iter(collector)
-    published, warm = updates, False
+    warm = False
     with bar:
-        while stop.signal_number is None:
+        while not learners.should_stop(stop):
             # Learn: utd_ratio updates per transition after the random ones, counted exactly.
-            while updates < updates_due(config, frames) and stop.signal_number is None:
+            previous_updates = updates
+            while updates < updates_due(config, frames) and not learners.should_stop(stop):
                 learned = sample(replay_buffer)
                 window.add_update(update(learned))
                 updates += 1
                 if temperature is not None and updates % TEMPERATURE_INTERVAL == 0:
                     temperature.step(learned)
+                    learners.average_(actor.sampler.w)
             if profile is not None:
                 profile.advance(updates)
-            if stop.signal_number is not None:
+            if learners.stop_signal is not None:
                 break  # what is owed of this batch is learned and reported when the run is resumed
-            if crossed(config.collector.weight_update_interval, published, updates):
+            if crossed(config.collector.weight_update_interval, previous_updates, updates):
                 collector.update_policy_weights_()
-                published = updates
 
             # Evaluate, report, save.
             evaluation_due = crossed(config.logger.eval_interval, reported_frames, frames) and updates > 0
@@ -216,7 +223,10 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
                             evaluation, evaluated_at = run_evaluation(config, probe), frames
                             row |= evaluation_row(evaluation)
                 except Abandoned:
+                    pass
+                if learners.should_stop(stop):
                     break
+                row = learners.average_row(row)
                 report(run, logger, row)
                 if evaluation_due and evaluation is not None:
                     keep_best(checkpoint, run, evaluation, frames, metadata)
@@ -255,18 +265,18 @@ def _train(config: TrainConfig, stack: ExitStack, stop: StopRequest) -> dict[str
                     check_diverged(config, window, frames, batch.numel())
             if len(transitions):
                 replay_buffer.extend(transitions.select(*loss.in_keys))
-            frames += batch.numel()
-            bar.update(batch.numel())
+            frames += learners.world_size * batch.numel()
+            bar.update(learners.world_size * batch.numel())
         saved = save()
     if profile is not None:
         say(profile.report())
 
-    if stop.signal_number is not None:
+    if learners.stop_signal is not None:
         run.draw_learning_curve(config.env.task)
         raise Interrupted(
             f"Stopped after {frames} frames and {updates} updates. {saved} "
             f"Continue with: nclql-train resume={run.path}",
-            stop.signal_number,
+            learners.stop_signal,
         )
 
     if evaluation is None or evaluated_at != frames:

@@ -43,14 +43,20 @@ def tiny(name: str) -> LearningConfig:
     return LearningConfig(algorithm, TASK)
 
 
+@pytest.fixture(autouse=True)
+def few_timed_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "TIMED_CALLS", 2)
+
+
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
-    return learning.run(tiny("td3"))
+    return learning.run(tiny("td3"))[0]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_runs_and_its_record_can_be_drawn(name: str, tmp_path: Path) -> None:
-    record = learning.run(tiny(name))
+    record, algorithm = learning.run(tiny(name))
+    assert record["parameters"] == algorithm.num_parameters
     path = tmp_path / "Pendulum-v1.jsonl"
     learning.append_record(path, record)
     (read,) = learning.read_records(path)
@@ -72,7 +78,7 @@ def test_every_task_is_as_its_file_says(task: str) -> None:
 
 
 def test_the_same_seed_gives_the_same_run(record: dict[str, Any]) -> None:
-    again = learning.run(tiny("td3"))
+    again, _ = learning.run(tiny("td3"))
     assert [point["return_mean"] for point in again["curve"]] == [point["return_mean"] for point in record["curve"]]
 
 
@@ -82,7 +88,7 @@ def test_finished_runs_are_skipped(
     config = tiny("td3")
     config.output = str(tmp_path / "runs.jsonl")
     ran = []
-    monkeypatch.setattr(learning, "run", lambda config: ran.append(config.seed) or record)
+    monkeypatch.setattr(learning, "run", lambda config: ran.append(config.seed) or (record, None))
     learning.run_once(config)
     learning.run_once(config)
     assert ran == [0] and "already in" in capsys.readouterr().out

@@ -16,10 +16,13 @@ from torchrl.checkpoint import Checkpoint, CheckpointError
 from nclql_torchrl.training import TrainConfig, train
 from nclql_torchrl.training.checkpoint import (
     INVENTORY,
+    best_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     make_checkpoint,
     read_config,
+    read_metadata,
+    save_best,
     save_checkpoint,
 )
 from nclql_torchrl.training.evaluation import load_policy
@@ -118,6 +121,30 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path).name == "checkpoint-000000000030"
 
 
+def test_the_best_policy_is_kept_whatever_comes_later(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(loss=torch.nn.Linear(2, 1), config={"seed": 3}, progress={"frames": 0})
+    with pytest.raises(FileNotFoundError, match="holds no best checkpoint"):
+        best_checkpoint(tmp_path)
+    for frames, evaluation_return in ((10, -5.0), (20, 3.0), (30, 3.0), (40, -1.0)):
+        save_best(
+            checkpoint, tmp_path, frames=frames, evaluation_return=evaluation_return, metadata={"task": "Hopper-v5"}
+        )
+        save_checkpoint(checkpoint, tmp_path, frames=frames, keep=1, metadata={"task": "Hopper-v5"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-000000000020", "checkpoint-000000000040"]
+    assert best_checkpoint(tmp_path).name == "best-000000000020"
+    assert read_metadata(best_checkpoint(tmp_path))["evaluation_return"] == 3.0
+    # The policy alone: nobody resumes from it.
+    assert sorted(Checkpoint.manifest(best_checkpoint(tmp_path))["components"]) == ["config", "loss"]
+
+
+def test_what_killed_processes_left_is_removed(saved: Path) -> None:
+    for name in (".checkpoint-000000000020.tmp", "..checkpoint-000000000020.tmp.stage-1"):
+        shutil.copytree(saved, saved.with_name(name))
+    checkpoint = make_checkpoint(network=torch.nn.Linear(2, 1))
+    save_checkpoint(checkpoint, saved.parent, frames=30, keep=2, metadata={"task": "Hopper-v5"})
+    assert sorted(path.name for path in saved.parent.iterdir()) == [saved.name, "checkpoint-000000000030"]
+
+
 def test_a_checkpoint_that_was_interrupted_while_written_does_not_count(saved: Path) -> None:
     half = saved.with_name(".checkpoint-000000000020.tmp")
     shutil.copytree(saved, half)
@@ -150,6 +177,8 @@ def test_the_policy_alone_is_loaded_from_a_run_or_a_checkpoint(
     device = torch.device("cpu")
     config, actor = load_policy(tmp_path / "run", device)
     assert config.env.task == "Pendulum-v1"
+    _, best = load_policy(tmp_path / "run", device, best=True)
+    assert all(torch.equal(*pair) for pair in zip(actor.parameters(), best.parameters(), strict=True))
     _, same = load_policy(latest_checkpoint(tmp_path / "run" / "checkpoints"), device)
     for first, second in zip(actor.parameters(), same.parameters(), strict=True):
         assert torch.equal(first, second)

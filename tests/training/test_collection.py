@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tensordict import TensorDictBase
 
 from nclql_torchrl import LangevinActor
 from nclql_torchrl.training import Interrupted, RunDirectory, TrainConfig, train
-from nclql_torchrl.training.collection import AsyncWorkers, shutting_down
+from nclql_torchrl.training.collection import AsyncWorkers
 from nclql_torchrl.training.components import make_actor, make_train_env
 
 CPU = torch.device("cpu")
@@ -54,7 +55,8 @@ def test_async_workers_deliver_everything_and_act_with_what_was_published(
     config = tiny_config("collector.backend=async", "collector.num_workers=2", "sampler.w=5000")
     workers, actor = make_workers(config)
     prefer(actor, 1.0)
-    with shutting_down(workers):
+    with ExitStack() as stack:
+        stack.callback(workers.shutdown)
         batches = iter(workers)
         assert len(active_children()) == 2
         random_frames, streams = 0, []

@@ -56,6 +56,12 @@ def test_an_impossible_value_is_an_error(tiny_config: Callable[..., TrainConfig]
     assert config.run_dir is not None and not Path(config.run_dir).exists()
 
 
+def test_ray_is_an_extra(tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'nclql-torchrl\[ray\]'"):
+        validate(tiny_config("collector.backend=ray"))
+
+
 def test_a_spread_that_the_chain_cannot_have_is_an_error(tiny_config: Callable[..., TrainConfig]) -> None:
     with pytest.raises(
         ConfigError, match=r"sampler.target_spread is 0.01; expected a number from 0.02, twice the noise"

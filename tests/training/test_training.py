@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,52 +20,11 @@ from torchrl.data import Bounded, Composite, LazyTensorStorage, TensorDictReplay
 from torchrl.envs import EnvBase
 
 from nclql_torchrl.training import Interrupted, RunDirectory, TrainConfig, TrainingError, components, train, training
-from nclql_torchrl.training.checkpoint import latest_checkpoint, make_checkpoint
+from nclql_torchrl.training.checkpoint import latest_checkpoint
 from nclql_torchrl.training.components import sample
 from nclql_torchrl.training.evaluation import Evaluation, load_policy
-from nclql_torchrl.training.replay_state import ReplayState
 from nclql_torchrl.training.training import crossed, updates_due
-
-TIMINGS = ("wall_time", "frames_per_second", "updates_per_second")
-
-
-def rows_without_timings(run_dir: Path) -> list[dict[str, float]]:
-    rows = RunDirectory.open(run_dir).read_metrics()
-    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows]
-
-
-def final_state(run_dir: Path) -> dict[str, Any]:
-    """Everything in the last checkpoint that training changes, as plain values."""
-
-    class Collect:
-        def state_dict(self) -> dict[str, Any]:
-            return {}
-
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            self.state = state
-
-    parts = {name: Collect() for name in ("loss", "optimizer", "rng", "window")}
-    replay_buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(160), batch_size=4)
-    checkpoint = make_checkpoint(replay_buffer=ReplayState(replay_buffer), **parts)
-    checkpoint.load(latest_checkpoint(run_dir / "checkpoints"))
-    replay = {"transitions": replay_buffer[:].to_dict(), "written": replay_buffer.write_count}
-    return {"replay": replay, **{name: part.state for name, part in parts.items()}}
-
-
-def assert_identical(first: Any, second: Any, where: str = "") -> None:
-    assert type(first) is type(second), where
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), where
-        for key in first:
-            assert_identical(first[key], second[key], f"{where}/{key}")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), where
-        for index, (a, b) in enumerate(zip(first, second, strict=True)):
-            assert_identical(a, b, f"{where}/{index}")
-    else:
-        assert first == second, where
+from tests.training.runs import assert_same_run, final_state, rows_without_timings
 
 
 def test_a_run_leaves_what_it_promises(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
@@ -108,14 +70,19 @@ def test_the_same_seed_gives_the_same_run(tiny_config: Callable[..., TrainConfig
     assert rows_without_timings(tmp_path / "first") == rows_without_timings(tmp_path / "second")
 
 
-# 430 frames: mid-episode, mid-row, and after the replay buffer has wrapped around.
-@pytest.mark.parametrize(
-    "options", [(), ("sampler.w=auto", "sampler.warm_start=true", "sampler.start_level=1")], ids=["defaults", "carried"]
-)
+ENGINES = {
+    "gymnasium": (),
+    "carried": ("sampler.w=auto", "sampler.warm_start=true", "sampler.start_level=1"),
+    "mujoco": ("env.engine=mujoco", "env.task=InvertedPendulum-v5"),
+}
+
+
+# 430 frames: mid-episode, mid-row, after the replay buffer has wrapped around, and with updates still owed.
+@pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
-    arguments = ("collector.total_frames=600", "logger.log_interval=100", "logger.eval_interval=300", *options)
+    arguments = ("collector.total_frames=500", "logger.log_interval=100", "logger.eval_interval=300", *options)
     train(tiny_config(*arguments, f"run_dir={tmp_path / 'whole'}"))
     config = tiny_config(*arguments, f"run_dir={tmp_path / 'parts'}")
     with monkeypatch.context() as patch:
@@ -125,8 +92,47 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert interruption.value.exit_status == 130
     config.resume = config.run_dir
     train(config)
-    assert rows_without_timings(tmp_path / "parts") == rows_without_timings(tmp_path / "whole")
-    assert_identical(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_an_interrupted_evaluation_is_made_up_for(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_config(f"run_dir={tmp_path / 'whole'}"))
+    config = tiny_config(f"run_dir={tmp_path / 'parts'}")
+    evaluate = training.evaluate
+
+    # Every evaluation is interrupted once: those at 100 and 200 frames, and the final one.
+    for frames, allowed in ((100, 0), (200, 1), (240, 1)):
+        calls = itertools.count()
+
+        def evaluate_or_interrupt(*args: Any, calls: Any = calls, allowed: int = allowed, **kwargs: Any) -> Any:
+            if next(calls) == allowed:
+                torch.rand(1)  # what an evaluation draws may not matter
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "evaluate", evaluate_or_interrupt)
+            with pytest.raises(Interrupted) as interruption:
+                train(config)
+        assert interruption.value.exit_status == 143
+        assert latest_checkpoint(tmp_path / "parts" / "checkpoints").name == f"checkpoint-{frames:012d}"
+        assert all(row["frames"] < frames for row in rows_without_timings(tmp_path / "parts"))
+        config.resume = config.run_dir
+    train(config)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_mjx_resumes_exactly_in_another_process(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    options = ("env.engine=mjx", "env.task=InvertedPendulum-v5", "logger.eval_interval=60")
+    train(tiny_config(*options, "collector.total_frames=120", f"run_dir={tmp_path / 'whole'}"))
+    train(tiny_config(*options, "collector.total_frames=60", f"run_dir={tmp_path / 'parts'}"))
+    command = "import sys; from nclql_torchrl.commands.train import main; main()"
+    arguments = [f"resume={tmp_path / 'parts'}", "collector.total_frames=120"]
+    subprocess.run([sys.executable, "-c", command, *arguments], check=True, timeout=240)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 def interrupt_at(patch: pytest.MonkeyPatch, frames: int, signal_number: int = signal.SIGINT) -> None:

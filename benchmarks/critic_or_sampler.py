@@ -1,0 +1,113 @@
+"""A Langevin policy fails: is it the critic, or the sampler that does not find the critic's best action?
+
+``python -m benchmarks.critic_or_sampler`` takes the options of ``benchmarks.learning``, trains one run of a task with
+one-dimensional actions, and lets that same critic act in several ways: by its own chain, by other chains, and by the
+best of a fine grid of actions, which is what a perfect greedy sampler would do. It appends a JSON line to
+``benchmarks/results/critic_or_sampler/critic_or_sampler.jsonl``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from benchmarks.baselines.algorithm import VALUE_KEY, Algorithm, Problem
+from benchmarks.baselines.langevin import make_config
+from benchmarks.learning import LearningConfig, append_record, evaluate, make_problem, run
+from envs import make_env
+from nclql_torchrl import NCLQLLoss
+from nclql_torchrl.training.components import make_actor_for
+
+RESULTS = Path(__file__).parent / "results" / "critic_or_sampler"
+NUM_GRID_ACTIONS = 401
+CHAINS: dict[str, dict[str, Any]] = {
+    "its own chain": {},
+    "8 particles": {"deterministic_num_particles": 8},
+    "5 steps per level": {"steps_per_level": 5},
+    "gradient of the lowest critic": {"ensemble_reduction": "min"},
+    "w 50": {"w": 50.0},
+    "gradient as it is, w 5": {"normalize_gradient": False, "w": 5.0},
+    "gradient as it is, w 50": {"normalize_gradient": False, "w": 50.0},
+    "gradient as it is, w 500": {"normalize_gradient": False, "w": 500.0},
+}
+
+
+class GridActor(TensorDictModuleBase):
+    """The best of evenly spaced actions by the lowest noise-free critic.
+
+    Args:
+        loss: whose critics.
+        problem: of one-dimensional actions.
+    """
+
+    def __init__(self, loss: NCLQLLoss, problem: Problem) -> None:
+        super().__init__()
+        if problem.action_dim != 1:
+            raise ValueError(f"The task has actions of dimension {problem.action_dim}; a grid is for 1.")
+        self.in_keys, self.out_keys = ["observation"], ["action", VALUE_KEY]
+        self.__dict__["loss"] = loss
+        self.actions = torch.linspace(float(problem.action_spec.low), float(problem.action_spec.high), NUM_GRID_ACTIONS)
+
+    def values(self, tensordict: TensorDictBase) -> Tensor:
+        """Lowest critic of every action, shape [grid, *batch]."""
+        loss: NCLQLLoss = self.__dict__["loss"]
+        inputs = tensordict.select("observation").expand(NUM_GRID_ACTIONS, *tensordict.batch_size)
+        action = self.actions.view(-1, *(1,) * inputs.batch_dims).expand(*inputs.batch_size, 1)
+        level = torch.full(inputs.batch_size, loss.sampler.schedule.num_levels - 1)
+        return loss.ensemble_values(inputs, action, level).amin(0)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes the action and its value."""
+        value, index = self.values(tensordict).max(0)
+        tensordict.set("action", self.actions[index].unsqueeze(-1))
+        return tensordict.set(VALUE_KEY, value.unsqueeze(-1))
+
+
+def compare(config: LearningConfig) -> dict[str, Any]:
+    """Trains once and evaluates every way to act.
+
+    Returns:
+        The run's curve, and an evaluation for each way of acting.
+    """
+    record, algorithm = run(config)
+    loss = algorithm.loss
+    assert isinstance(loss, NCLQLLoss)
+    env = make_env(config.task.name, 1, engine="gymnasium", seed=config.seed)
+    problem = make_problem(config.task, env)
+    actors: dict[str, TensorDictModuleBase] = {"best of a grid": GridActor(loss, problem)}
+    own = {"execution": "eager", **config.algorithm.options.get("sampler", {})}
+    for name, chain in CHAINS.items():
+        settings = make_config(problem, config.algorithm.options | {"sampler": own | chain})
+        actor = make_actor_for(
+            settings, problem.observation_dim, problem.action_spec, torch.device("cpu"), loss, diagnostics=True
+        )
+        # It shares the loss's w, that of training.
+        actor.sampler.w = torch.full_like(loss.sampler.w, float(settings.sampler.w))
+        actors[name] = actor
+    evaluations = {
+        name: evaluate(config, Algorithm(algorithm.actor, loss, algorithm.update, actor, algorithm.reward_scale))
+        for name, actor in actors.items()
+    }
+    return {name: record[name] for name in ("config", "curve", "machine")} | {"evaluations": evaluations}
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="learning")
+def _hydra_main(composed: DictConfig) -> None:
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, LearningConfig)
+    result = compare(config)
+    append_record(RESULTS / "critic_or_sampler.jsonl", result)
+    for name, evaluation in result["evaluations"].items():
+        print(f"{name:32s} {evaluation['return_mean']:8.1f}  Q {evaluation['estimated_q']:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _hydra_main()
