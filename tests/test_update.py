@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -151,6 +152,19 @@ def assert_stays_eager(updates: list[NCLQLUpdate], batches: Iterable[TensorDict]
         assert_close(TensorDict(first), TensorDict(second), atol=atol, rtol=atol)
 
 
+def assert_goes_on_bitwise(update: NCLQLUpdate, batch: TensorDict) -> None:
+    """An update from restored state dicts and random state is the same update, bit for bit."""
+    state = copy.deepcopy((update.loss.state_dict(), update.optimizer.state_dict(), torch.get_rng_state()))
+    results = []
+    for _ in range(2):
+        update.loss.load_state_dict(state[0])
+        update.optimizer.load_state_dict(copy.deepcopy(state[1]))
+        torch.set_rng_state(state[2])
+        metrics = update(batch.clone())
+        results.append(TensorDict({"metrics": metrics, "parameters": update.loss.qvalue_network_params.data.clone()}))
+    assert (results[0] == results[1]).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sequential", "summed"])
 def test_compiled_is_eager_and_compiles_once(make_actor: MakeActor, make_batch: MakeBatch, mode: str) -> None:
@@ -163,6 +177,7 @@ def test_compiled_is_eager_and_compiles_once(make_actor: MakeActor, make_batch: 
     assert counters["stats"]["unique_graphs"] == before > 0, "no recompilation"
     assert interaction_type() is None
     batch = make_batch()
+    assert_goes_on_bitwise(updates[1], batch)
     losses = {float(updates[1](batch.clone())["loss_noise"]) for _ in range(3)}
     assert len(losses) == 3, "randomness is fresh"
 
