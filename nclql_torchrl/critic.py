@@ -130,6 +130,7 @@ class NoiseConditionedQNetwork(nn.Module):
         """
         normalised = (action - self.action_center) / self.action_half_range
         first, *hidden_layers, last = self.trunk
+        assert isinstance(first, nn.Linear)
         sizes = [self.observation_dim, self.action_dim, LEVEL_EMBEDDING_DIM]
         observation_weight, action_weight, embedding_weight = first.weight.split(sizes, dim=-1)
         # The first layer in three parts: no gradient flows into an observation, which is most of its input.

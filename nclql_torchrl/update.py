@@ -128,8 +128,10 @@ class NCLQLUpdate:
 
     def _prepare(self, drawn: TensorDictBase) -> tuple[Program, Program, list[Tensor]]:
         """The programs of the first and the second step for a batch of this layout, and the tensors that they take."""
-        entries = {key: value for key, value in drawn.items(True, True) if isinstance(value, Tensor)}
-        entries.pop(self.loss.tensor_keys.priority, None)
+        priority_key = self.loss.tensor_keys.priority  # an earlier update's
+        entries = {
+            key: value for key, value in drawn.items(True, True) if isinstance(value, Tensor) and key != priority_key
+        }
         layout = (drawn.batch_dims, *entries)
         if layout not in self._programs:
             execution = resolve(self.execution, drawn.get(self.loss.tensor_keys.action).device.type)
@@ -158,9 +160,8 @@ class NCLQLUpdate:
                 loss_noise = loss.noise_loss(batch, metadata["pred_value"])
                 total = loss_qvalue + loss_noise
             means = (metadata[key].mean() for key in METADATA_KEYS)
-            return (
-                metadata["td_error"], metadata["pred_value"], loss_qvalue.detach(), loss_noise.detach(), *means, *gradients(total)
-            )  # fmt: skip
+            losses = (loss_qvalue.detach(), loss_noise.detach())
+            return metadata["td_error"], metadata["pred_value"], *losses, *means, *gradients(total)
 
         def second(noise_target: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
             loss_noise = loss.noise_loss(batch_of(tensors), noise_target)

@@ -145,7 +145,7 @@ class SamplerConfig:
     warm_start: bool = False
     """Start acting chains from the environment's previous action plus noise of start_level."""
     execution: str = "eager"
-    """eager, compile, cudagraph or auto (cudagraph on a GPU, compile on a CPU with a C++ compiler, else eager)."""
+    """How chains and updates run: eager, compile, cudagraph or auto (see docs/performance.md)."""
     precision: str = "float32"
     """float32 (TF32 where the GPU has it) or bfloat16, of the matrix products inside the sampler."""
 

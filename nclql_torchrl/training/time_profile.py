@@ -74,7 +74,10 @@ class TimeProfile:
         original = getattr(owner, method)
         was_own = method in vars(owner)
         setattr(owner, method, self._timed(original, part))
-        self._undo.callback(*((setattr, owner, method, original) if was_own else (delattr, owner, method)))
+        if was_own:
+            self._undo.callback(setattr, owner, method, original)
+        else:
+            self._undo.callback(delattr, owner, method)
 
     def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         name = f"nclql-train/{part}"

@@ -254,6 +254,9 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
                 check_finite_losses(window, updates)
                 raise TrainingError(f"{error} The last checkpoint is kept.") from error
             transitions, done = batch.reshape(-1), batch["next", "done"]
+            # On a GPU this waits for the vector step, as TorchRL's collector has just done to see whether to reset.
+            # What follows waits for the numbers of ended episodes. Nothing else in this loop waits between two rows
+            # of metrics.csv.
             if done.any():
                 window.add_episodes(batch["next", "episode_reward"][done], batch["next", "step_count"][done])
                 diverged = batch["next", "diverged"]
