@@ -12,6 +12,7 @@ from tensordict import TensorDictBase, TensorDictParams
 from torch import Tensor, nn
 
 from nclql_torchrl.langevin import action_range
+from nclql_torchrl.mish import mish_with_slope
 from nclql_torchrl.value import ActionValue, EnsembleReduction, Level, LevelValue, Precision, entry
 
 LEVEL_EMBEDDING_DIM = 16
@@ -128,11 +129,16 @@ class NoiseConditionedQNetwork(nn.Module):
             Value, shape [*batch, 1].
         """
         normalised = (action - self.action_center) / self.action_half_range
-        embedding = self.embed_level(level).expand(*observation.shape[:-1], -1)
-        hidden = torch.cat([observation, normalised, embedding], -1)
-        for layer in self.trunk[:-1]:
+        first, *hidden_layers, last = self.trunk
+        assert isinstance(first, nn.Linear)
+        sizes = [self.observation_dim, self.action_dim, LEVEL_EMBEDDING_DIM]
+        observation_weight, action_weight, embedding_weight = first.weight.split(sizes, dim=-1)
+        # The first layer in three parts: no gradient flows into an observation, which is most of its input.
+        hidden = F.linear(observation, observation_weight, first.bias) + F.linear(normalised, action_weight)
+        hidden = F.mish(hidden + F.linear(self.embed_level(level), embedding_weight))
+        for layer in hidden_layers:
             hidden = F.mish(layer(hidden))
-        return self.trunk[-1](hidden)
+        return last(hidden)
 
     def action_value(
         self,
@@ -360,23 +366,3 @@ class EnsembleLevelValue(LevelValue):
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """Matrix product of every critic, its operands in the weight's type, its result in that of ``x``."""
     return torch.matmul(x.to(weight.dtype), weight).to(x.dtype)
-
-
-def mish_with_slope(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mish and its derivative from a single exponential.
-
-    With ``e = exp(x)`` and ``n = e (e + 2)``, ``tanh(softplus(x)) = n / (n + 2)``; so ``mish(x) = x n / (n + 2)`` and
-    its derivative is ``n / (n + 2) + 4 x e (e + 1) / (n + 2)^2``. Beyond 20 both equal their limits to the last digit
-    of a float64, and the clamp keeps ``e^2`` finite.
-
-    Args:
-        x: any shape.
-
-    Returns:
-        ``mish(x)`` and ``mish'(x)``, each of the shape of ``x``.
-    """
-    e = x.clamp(max=20.0).exp()
-    n = e * (e + 2.0)
-    r = (n + 2.0).reciprocal()
-    t = n * r
-    return x * t, t + 4.0 * x * e * (e + 1.0) * r * r

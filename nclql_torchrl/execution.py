@@ -1,10 +1,11 @@
-"""How a chain is executed, apart from what it computes: operation by operation, compiled, or as a CUDA graph.
+"""How chains and updates are executed, apart from what they compute: one by one, compiled, or as a CUDA graph.
 
 ==============  ====================================================================================================
 ``eager``       Operation by operation. Nothing to wait for; the library's default.
-``compile``     The whole chain as one compiled program (torch.compile). The first call of every batch shape compiles
-                for tens of seconds on a CPU; later processes find the result in torch's cache on disk.
-``cudagraph``   The compiled chain captured as a CUDA graph: one launch instead of hundreds.
+``compile``     The whole chain, and each step of an update from batch to gradients, as one compiled program
+                (torch.compile). The first call of every batch shape compiles for tens of seconds on a CPU; later
+                processes find the result in torch's cache on disk.
+``cudagraph``   The compiled programs captured as CUDA graphs: one launch instead of hundreds.
 ``auto``        ``cudagraph`` on a GPU, ``compile`` on a CPU where there is a C++ compiler, else ``eager``.
 ==============  ====================================================================================================
 
@@ -15,17 +16,17 @@ too large for :data:`MEMORY_LIMIT` run in several parts, one after the other.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
-from tensordict.nn import CudaGraphModule
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchrl import torchrl_logger
 
+from nclql_torchrl.mish import mish_with_slope
 from nclql_torchrl.value import ActionValue, check_choice
 
 Execution = Literal["eager", "compile", "cudagraph", "auto"]
@@ -37,6 +38,9 @@ Chain = Callable[..., tuple[Tensor, ...]]
 """Sampler, values, start [*batch, action_dim], noise [num_levels, steps_per_level, *batch, noise_dim], and whether the
 levels are a loop of the compiled program -> actions [*batch, action_dim], then the kernel's statistics, each of shape
 [*batch]."""
+
+WARMUP_CALLS = 3
+"""Calls of a function before it is captured as a CUDA graph."""
 
 MEMORY_LIMIT = 4 * 2**30
 """Bytes that one chain may need, by :attr:`ActionValue.memory_per_state`."""
@@ -72,13 +76,40 @@ def compiled(function: Function) -> Function:
     torch.compile counts and limits recompilations per code object: every program gets one of its own.
     """
 
-    @functools.wraps(function)
     def program(*args: Any) -> Any:
         return function(*args)
 
     program.__code__ = program.__code__.replace()
     # dynamic=False: a shape that changes at run time (a smaller last batch) compiles its own fast version.
     return torch.compile(program, fullgraph=True, dynamic=False)  # pyright: ignore[reportReturnType]
+
+
+def capture(function: Callable[..., tuple[Any, ...]], inputs: Sequence[Tensor]) -> Callable[..., tuple[Any, ...]]:
+    """A CUDA graph of a deterministic function without side effects, for inputs of these shapes and types.
+
+    tensordict's CudaGraphModule does the same, but waits for the whole device before every replay, so that nothing is
+    prepared on the host while the GPU works.
+    """
+    static = [tensor.clone() for tensor in inputs]
+    # What compiles, chooses kernels or makes handles does so before the capture, on a stream of its own.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUP_CALLS):
+            function(*static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function(*static)
+
+    def replay(*inputs: Tensor) -> tuple[Any, ...]:
+        for target, source in zip(static, inputs, strict=True):
+            target.copy_(source, non_blocking=True)
+        graph.replay()
+        # The graph overwrites its outputs at the next replay.
+        return tuple(None if output is None else output.clone() for output in outputs)
+
+    return replay
 
 
 class Executor:
@@ -101,7 +132,7 @@ class Executor:
         self.execution: Execution = execution
         self._resolved: dict[str, Execution] = {}
         self._compiled: Chain | None = None
-        self._graphs: dict[tuple[object, ...], CudaGraphModule] = {}
+        self._graphs: dict[tuple[object, ...], Chain] = {}
 
     def __reduce__(self) -> tuple[type[Executor], tuple[Chain, Execution]]:
         return Executor, (self.chain, self.execution)
@@ -149,46 +180,66 @@ class Executor:
             raise RuntimeError(f"execution is 'cudagraph', but the critics are on {value.device}; expected a GPU.")
         static = (*value.parameters, *sampler.buffers())
         key = (noise.shape, start.dtype, *(tensor.data_ptr() for tensor in static))
+        inputs = (start, noise, *(tensor.detach() for tensor in value.observations))
         if key not in self._graphs:
 
             def capturable(start: Tensor, noise: Tensor, *observations: Tensor) -> tuple[Tensor, ...]:
                 return self._compile(sampler, value.at_observations(observations), start, noise)
 
-            self._graphs[key] = CudaGraphModule(capturable)  # pyright: ignore[reportArgumentType]
-        with torch.no_grad():
-            outputs = self._graphs[key](start, noise, *(tensor.detach() for tensor in value.observations))
-        assert isinstance(outputs, tuple)
-        return outputs
+            self._graphs[key] = capture(capturable, inputs)
+        return self._graphs[key](*inputs)
 
 
 class Program:
-    """A function of tensors that reads and never writes parameters, run as chosen.
+    """A function of tensors that computes gradients and writes nothing, run as chosen.
+
+    Compiled or captured, it is traced once per shape of its inputs down to operations on tensors, gradients included:
+    a graph without any Python, which compiles in a tenth of the time that torch.compile needs for losses and
+    tensordicts, and has next to nothing to check at a call. What is no tensor, such as a loss's ``reward_scale``, is
+    read at the first call; tensors that the function reads are read at every call, wherever they are.
 
     Args:
-        function: tensors -> tuple of tensors; deterministic.
+        function: tensors -> tuple of tensors and None; deterministic.
         execution: "eager", "compile" or "cudagraph".
-        parameters: all other tensors that it reads; they change in place.
+        tensors: all other tensors that it reads.
     """
 
     def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], execution: Execution, parameters: Callable[[], list[Tensor]]
+        self, function: Callable[..., tuple[Any, ...]], execution: Execution, tensors: Sequence[Tensor]
     ) -> None:
-        self._function = function if execution == "eager" else compiled(function)
-        self._parameters = parameters
-        self._captures = execution == "cudagraph"
-        self._graphs: dict[tuple[object, ...], CudaGraphModule] = {}
+        self._function = function
+        self._execution = execution
+        self._tensors = tensors
+        self._traced: dict[tuple[object, ...], Callable[..., tuple[Any, ...]]] = {}
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
         """The function's value."""
-        # Gradients that the function itself asks for are part of its program.
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            if not self._captures:
-                return self._function(*inputs)
-            shapes = ((tensor.shape, tensor.dtype) for tensor in inputs)
-            key = (*shapes, *(tensor.data_ptr() for tensor in self._parameters()))
-            if key not in self._graphs:
-                self._graphs[key] = CudaGraphModule(self._function)  # pyright: ignore[reportArgumentType]
-            return self._graphs[key](*inputs)
+        if self._execution == "eager":
+            return self._function(*inputs)
+        # Shapes, and where the other tensors are: moved ones belong to another graph.
+        key = (*[tensor.shape for tensor in inputs], *[tensor.data_ptr() for tensor in self._tensors])
+        if key not in self._traced:
+            traced = torch.compile(_trace(self._function, inputs), fullgraph=True, dynamic=False)
+            self._traced[key] = capture(traced, inputs) if self._execution == "cudagraph" else traced
+        return self._traced[key](*inputs)
+
+
+def _trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
+    """The operations that a function performs, as a graph that tracks no gradients itself."""
+    aten = torch.ops.aten
+    graph = make_fx(
+        function,
+        # One exponential each, where torch's own decompositions take a logarithm and a hyperbolic tangent too, which
+        # cost as much as the matrix products.
+        decomposition_table={
+            aten.mish.default: lambda x: mish_with_slope(x)[0],
+            aten.mish_backward.default: lambda gradient, x: gradient * mish_with_slope(x)[1],
+        },
+    )(*inputs)
+    for name, parameter in list(graph.named_parameters()):
+        delattr(graph, name)
+        graph.register_buffer(name, parameter.detach())
+    return graph
 
 
 def _in_parts(

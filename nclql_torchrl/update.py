@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -98,7 +98,14 @@ class NCLQLUpdate:
         Returns:
             Detached scalars: the losses and the loss's diagnostics, averaged over the batch.
         """
-        first, second, inputs = self._prepare(self.loss.draw(batch))
+        drawn = self.loss.draw(batch)
+        metrics, td_error = self.learn(drawn)
+        batch.set(self.loss.tensor_keys.priority, td_error)
+        return metrics
+
+    def learn(self, drawn: TensorDictBase) -> tuple[TensorDict, Tensor]:
+        """The update by a batch with its randomness (:meth:`NCLQLLoss.draw`): its scalars, and TD errors [*batch]."""
+        first, second, inputs = self._prepare(drawn)
         td_error, noise_target, loss_qvalue, loss_noise, *outputs = first(*inputs)
         means, gradients = outputs[: len(METADATA_KEYS)], outputs[len(METADATA_KEYS) :]
         self._step(gradients)
@@ -107,9 +114,8 @@ class NCLQLUpdate:
             self._step(gradients)
         if self.target_updater is not None:
             self.target_updater.step()
-        batch.set(self.loss.tensor_keys.priority, td_error)
         metrics = dict(zip(METADATA_KEYS, means, strict=True))
-        return TensorDict({"loss_qvalue": loss_qvalue, "loss_noise": loss_noise, **metrics})
+        return TensorDict({"loss_qvalue": loss_qvalue, "loss_noise": loss_noise, **metrics}), td_error
 
     def _step(self, gradients: Sequence[Tensor | None]) -> None:
         """One step of the optimizer along given gradients."""
@@ -122,8 +128,10 @@ class NCLQLUpdate:
 
     def _prepare(self, drawn: TensorDictBase) -> tuple[Program, Program, list[Tensor]]:
         """The programs of the first and the second step for a batch of this layout, and the tensors that they take."""
-        entries = {key: value for key, value in drawn.items(True, True) if isinstance(value, Tensor)}
-        entries.pop(self.loss.tensor_keys.priority, None)
+        priority_key = self.loss.tensor_keys.priority  # an earlier update's
+        entries = {
+            key: value for key, value in drawn.items(True, True) if isinstance(value, Tensor) and key != priority_key
+        }
         layout = (drawn.batch_dims, *entries)
         if layout not in self._programs:
             execution = resolve(self.execution, drawn.get(self.loss.tensor_keys.action).device.type)
@@ -139,7 +147,12 @@ class NCLQLUpdate:
                 batch.set(key, tensor)
             return batch
 
-        def first(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def gradients(total: Tensor) -> list[Tensor | None]:
+            found = torch.autograd.grad(total, trained, allow_unused=True)
+            # As the parameters lie in memory, for the optimizer's sake.
+            return [None if gradient is None else gradient.contiguous() for gradient in found]
+
+        def first(*tensors: Tensor) -> tuple[Any, ...]:
             batch = batch_of(tensors)
             loss_qvalue, metadata = loss.qvalue_loss(batch)
             total, loss_noise = loss_qvalue, torch.zeros_like(loss_qvalue)
@@ -147,16 +160,12 @@ class NCLQLUpdate:
                 loss_noise = loss.noise_loss(batch, metadata["pred_value"])
                 total = loss_qvalue + loss_noise
             means = (metadata[key].mean() for key in METADATA_KEYS)
-            gradients = torch.autograd.grad(total, trained, allow_unused=True)
-            return (
-                metadata["td_error"], metadata["pred_value"], loss_qvalue.detach(), loss_noise.detach(), *means, *gradients
-            )  # fmt: skip
+            losses = (loss_qvalue.detach(), loss_noise.detach())
+            return metadata["td_error"], metadata["pred_value"], *losses, *means, *gradients(total)
 
-        def second(noise_target: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        def second(noise_target: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
             loss_noise = loss.noise_loss(batch_of(tensors), noise_target)
-            return loss_noise.detach(), *torch.autograd.grad(loss_noise, trained, allow_unused=True)
+            return loss_noise.detach(), *gradients(loss_noise)
 
-        def parameters() -> list[Tensor]:
-            return [*loss.parameters(), *loss.buffers(), *loss.target_qvalue_network_params.values(True, True)]
-
-        return Program(first, execution, parameters), Program(second, execution, parameters)
+        read = [*loss.parameters(), *loss.buffers()]
+        return Program(first, execution, read), Program(second, execution, read)

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torchrl.modules import ValueOperator
 
 from nclql_torchrl import NoiseConditionedQNetwork
-from nclql_torchrl.critic import mish_with_slope
+from nclql_torchrl.mish import mish_with_slope
 from nclql_torchrl.value import EnsembleReduction, ModuleActionValue, action_gradient
 
 IN_KEYS = ["observation", "action", "level"]

@@ -188,7 +188,7 @@ def test_other_observations_keep_the_critics() -> None:
 def test_gpu_modes_agree_with_eager(kind: str, mode: str) -> None:
     eager = make(kind).to("cuda")
     actor = like(eager, execution=mode)
-    for _ in range(5):  # passes CudaGraphModule's warm-up and capture
+    for _ in range(5):  # beyond the capture, which is the first
         batch = explicit(6).to("cuda")
         expected, action = eager(batch.clone())["action"], actor(batch.clone())["action"]
         # TF32 keeps 11 bits of an operand: a relative gradient error of about 1e-3, drift at most w / 2 * step.

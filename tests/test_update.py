@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim import SGD, Adam
 from torchrl.objectives import SoftUpdate
 
 from nclql_torchrl import LangevinActor, NCLQLLoss, NCLQLUpdate, NoiseSchedule
+from nclql_torchrl.training.metrics import MetricsWindow
 
 MakeActor = Callable[..., LangevinActor]
 MakeBatch = Callable[..., TensorDict]
@@ -117,7 +119,8 @@ def test_everything_random_is_drawn_before(make_actor: MakeActor, make_batch: Ma
     loss, batch = NCLQLLoss(make_actor()), make_batch()
     drawn = loss.draw(batch)
     assert drawn["next_action"].shape == drawn["action_noise"].shape == (12, 2)
-    assert drawn["noise_level"].shape == (12,) and "next_action" not in batch.keys()
+    assert drawn["noise_level"].shape == (12,)
+    assert batch.get("next_action", None) is None
     before = torch.random.get_rng_state()
     first, second = loss(drawn.clone()), loss(drawn.clone())
     assert torch.equal(before, torch.random.get_rng_state())
@@ -149,6 +152,19 @@ def assert_stays_eager(updates: list[NCLQLUpdate], batches: Iterable[TensorDict]
         assert_close(TensorDict(first), TensorDict(second), atol=atol, rtol=atol)
 
 
+def assert_goes_on_bitwise(update: NCLQLUpdate, batch: TensorDict) -> None:
+    """An update from restored state dicts and random state is the same update, bit for bit."""
+    state = copy.deepcopy((update.loss.state_dict(), update.optimizer.state_dict(), torch.get_rng_state()))
+    results = []
+    for _ in range(2):
+        update.loss.load_state_dict(state[0])
+        update.optimizer.load_state_dict(copy.deepcopy(state[1]))
+        torch.set_rng_state(state[2])
+        metrics = update(batch.clone())
+        results.append(TensorDict({"metrics": metrics, "parameters": update.loss.qvalue_network_params.data.clone()}))
+    assert (results[0] == results[1]).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sequential", "summed"])
 def test_compiled_is_eager_and_compiles_once(make_actor: MakeActor, make_batch: MakeBatch, mode: str) -> None:
@@ -161,6 +177,7 @@ def test_compiled_is_eager_and_compiles_once(make_actor: MakeActor, make_batch: 
     assert counters["stats"]["unique_graphs"] == before > 0, "no recompilation"
     assert interaction_type() is None
     batch = make_batch()
+    assert_goes_on_bitwise(updates[1], batch)
     losses = {float(updates[1](batch.clone())["loss_noise"]) for _ in range(3)}
     assert len(losses) == 3, "randomness is fresh"
 
@@ -171,3 +188,19 @@ def test_compiled_is_eager_and_compiles_once(make_actor: MakeActor, make_batch: 
 def test_gpu_modes_stay_eager(make_actor: MakeActor, make_batch: MakeBatch, execution: str) -> None:
     updates = twins(make_actor, execution, "cuda")
     assert_stays_eager(updates, (fixed(make_batch()).to("cuda") for _ in range(6)), atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_updates_do_not_wait_for_the_gpu(make_actor: MakeActor, make_batch: MakeBatch) -> None:
+    loss = NCLQLLoss(make_actor(execution="cudagraph").to("cuda"))
+    update = NCLQLUpdate(loss, Adam(loss.parameters(), lr=1e-3, fused=True), SoftUpdate(loss, tau=0.1))
+    batch, window = make_batch().to("cuda"), MetricsWindow()
+    window.add_update(update(batch.clone()))  # captures
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            window.add_update(update(batch.clone()))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert window.first_diverged_update(4) is None

@@ -21,7 +21,7 @@ ROUNDS = 5
 
 
 WARM_UP_CALLS = 4
-"""Calls until nothing is compiled or captured any more: CudaGraphModule captures in its third."""
+"""Calls until nothing is compiled or captured any more, with some to spare."""
 
 
 def percentile(values: Sequence[float], percent: int) -> float:

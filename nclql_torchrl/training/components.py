@@ -144,8 +144,11 @@ def make_loss(config: TrainConfig, actor: LangevinActor) -> NCLQLLoss:
 
 
 def make_update(config: TrainConfig, loss: NCLQLLoss, average: Average | None = None) -> NCLQLUpdate:
-    """The update: Adam, then the soft step of the targets. ``average`` is for several learners."""
-    optimizer = Adam(loss.parameters(), lr=config.optim.lr)
+    """The update: Adam, then the soft step of the targets; it runs as ``sampler.execution`` says.
+
+    ``average`` is for several learners.
+    """
+    optimizer = Adam(loss.parameters(), lr=config.optim.lr, fused=True)
     target_updater = SoftUpdate(loss, eps=config.optim.target_update_polyak)
     return NCLQLUpdate(
         loss,

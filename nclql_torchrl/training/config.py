@@ -37,7 +37,7 @@ class EnvConfig:
     engine: str = "auto"
     """auto (mjx on a GPU, mujoco on a CPU; gymnasium for tasks that they do not have), mujoco, mjx or gymnasium."""
     num_envs: int = 5
-    """Environments stepped together, in every worker."""
+    """Environments stepped together, by every worker and learner."""
     task_options: dict[str, Any] = field(default_factory=dict)
     """Options of the task's constructor, for training and evaluation."""
     engine_options: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class ReplayBufferConfig:
     """Uniform replay."""
 
     size: int = 1_000_000
-    """Capacity in transitions."""
+    """Capacity in transitions, of every learner."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class OptimConfig:
     """The update."""
 
     batch_size: int = 256
-    """Transitions per update."""
+    """Transitions per update, of every learner."""
     lr: float = 1e-4
     """Adam's learning rate."""
     utd_ratio: float = 0.2
@@ -145,7 +145,7 @@ class SamplerConfig:
     warm_start: bool = False
     """Start acting chains from the environment's previous action plus noise of start_level."""
     execution: str = "eager"
-    """eager, compile, cudagraph or auto (cudagraph on a GPU, compile on a CPU with a C++ compiler, else eager)."""
+    """How chains and updates run: eager, compile, cudagraph or auto (see docs/performance.md)."""
     precision: str = "float32"
     """float32 (TF32 where the GPU has it) or bfloat16, of the matrix products inside the sampler."""
 
@@ -201,6 +201,8 @@ class TrainConfig:
     """Where the run is written; null: runs/<task>/<time>-seed<seed>."""
     resume: str | None = None
     """Run directory to continue."""
+    profile: bool = False
+    """Measure where the time goes: prints shares, and writes profile.json and trace.json to the run directory."""
 
 
 OPEN_NAMES = ("env.task_options.", "env.engine_options.")
@@ -208,6 +210,7 @@ OPEN_NAMES = ("env.task_options.", "env.engine_options.")
 
 RESUMABLE_KEYS = (
     "collector.total_frames",
+    "profile",
     "collector.device",
     "env.max_diverged_fraction",
     "logger.",

@@ -47,6 +47,7 @@ from nclql_torchrl.training.memory import check_replay_fits
 from nclql_torchrl.training.metrics import MetricsWindow
 from nclql_torchrl.training.replay_state import ReplayState
 from nclql_torchrl.training.run_directory import RunDirectory, refuse_taken
+from nclql_torchrl.training.time_profile import TimeProfile
 
 TEMPERATURE_INTERVAL = 10
 """Updates between two corrections of w: the critics change little in between, and chains are what costs."""
@@ -126,6 +127,8 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
     restored = learners.latest_checkpoint(run)
     if restored is not None:
         load_checkpoint(checkpoint, restored, task=config.env.task, device=device)
+        if config.collector.backend != "direct":
+            say("Everything is restored but what the workers were doing: they begin new episodes.")
     run.rewind_metrics(progress["reported_frames"])
     run.write_config(config)
     logger = RunLogger(config.logger.backend, run, progress["reported_frames"], say)
@@ -161,6 +164,23 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
             return sentence
         return f"Saved {path}."
 
+    profile = None
+    if config.profile:
+        profile = stack.enter_context(TimeProfile(run.path))
+        profile.watch(env.base_env, "_step", "simulation")
+        profile.watch(env.base_env, "_reset", "simulation")
+        profile.watch(actor, "forward", "acting")
+        profile.watch(replay_buffer, "extend", "replay")
+        profile.watch(replay_buffer, "sample", "replay")
+        profile.watch(loss, "draw", "target sampling")
+        profile.watch(update, "learn", "critic update")
+        if temperature is not None:
+            profile.watch(temperature, "step", "temperature")
+        for function in ("sampler_diagnostics", "run_evaluation", "report"):
+            profile.watch(sys.modules[__name__], function, "logging and evaluation")
+        for function in ("save_checkpoint", "keep_best"):
+            profile.watch(sys.modules[__name__], function, "checkpoints")
+
     stop.abandon = False
     batches = iter(collector)
     warm = False
@@ -175,6 +195,8 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
                 if temperature is not None and updates % TEMPERATURE_INTERVAL == 0:
                     temperature.step(learned)
                     learners.average_(actor.sampler.w)
+            if profile is not None:
+                profile.advance(updates)
             if learners.stop_signal is not None:
                 break  # what is owed of this batch is learned and reported when the run is resumed
             if crossed(config.collector.weight_update_interval, previous_updates, updates):
@@ -232,6 +254,9 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
                 check_finite_losses(window, updates)
                 raise TrainingError(f"{error} The last checkpoint is kept.") from error
             transitions, done = batch.reshape(-1), batch["next", "done"]
+            # On a GPU this waits for the vector step, as TorchRL's collector has just done to see whether to reset.
+            # What follows waits for the numbers of ended episodes. Nothing else in this loop waits between two rows
+            # of metrics.csv.
             if done.any():
                 window.add_episodes(batch["next", "episode_reward"][done], batch["next", "step_count"][done])
                 diverged = batch["next", "diverged"]
@@ -246,6 +271,8 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
             frames += learners.world_size * batch.numel()
             bar.update(learners.world_size * batch.numel())
         saved = save()
+    if profile is not None:
+        say(profile.report())
 
     if learners.stop_signal is not None:
         with suppress(OSError):  # a full disk, of which save() has told

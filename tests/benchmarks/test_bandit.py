@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from benchmarks import bandit
+from nclql_torchrl import NCLQLLoss
 
 
 @pytest.mark.parametrize("name", list(bandit.BANDITS))
@@ -40,11 +39,12 @@ def test_every_algorithm_is_trained_and_judged(name: str, monkeypatch: pytest.Mo
     assert f"| unequal | {name} | 1 |" in bandit.table([record])
 
 
-def test_the_landscapes_of_the_noise_levels_are_the_critics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_landscapes_of_the_noise_levels_are_the_critics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bandit.LANGEVIN, "sampler.execution", "eager")
     _, agent = bandit.run("equal", "nclql", seed=0, updates=1)
     points = torch.rand(7, 2) * 2 - 1
     found = bandit.landscapes(agent, points)
     assert list(found) == [0, 5, 9]
+    assert isinstance(agent.loss, NCLQLLoss)
     expected = agent.loss.ensemble_values(bandit.observations(7), points, torch.full((7,), 5))
     torch.testing.assert_close(found[5], expected.mean(0))

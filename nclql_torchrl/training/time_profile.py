@@ -1,0 +1,155 @@
+"""Where a training run's time goes: ``nclql-train profile=true``.
+
+The methods of a run's parts are wrapped for as long as the profile lasts; without one nothing is.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, record_function
+from torchrl import timeit
+
+from nclql_torchrl.training.run_directory import write_atomically
+
+PARTS = (
+    "simulation",
+    "acting",
+    "replay",
+    "target sampling",
+    "critic update",
+    "temperature",
+    "logging and evaluation",
+    "checkpoints",
+)
+"""What is told apart; the rest, the loop's and the collector's own bookkeeping and waiting, is "other"."""
+
+FIRST_UPDATE = 20
+"""Updates before the measurement begins: the first ones compile."""
+
+TRACED_UPDATES = 20
+"""How many updates from there on the trace shows."""
+
+
+class TimeProfile:
+    """Times the parts of a run, each without those that it calls, and traces a few updates.
+
+    A part's time ends when the GPU has done its work, so that a profiled run on a GPU overlaps less than another.
+
+    Args:
+        directory: where ``profile.json`` (seconds and shares) and ``trace.json`` (for chrome://tracing or Perfetto) go.
+
+    Examples:
+        >>> import tempfile, types
+        >>> sleeper = types.SimpleNamespace(sleep=time.sleep)
+        >>> with TimeProfile(Path(tempfile.mkdtemp())) as profile:
+        ...     profile.watch(sleeper, "sleep", "simulation")
+        ...     profile.advance(0)
+        ...     profile.advance(FIRST_UPDATE)
+        ...     sleeper.sleep(0.1)
+        ...     shares = profile.summary()["shares"]
+        >>> shares["simulation"] > 0.9 and sleeper.sleep is time.sleep
+        True
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._open: timeit | None = None
+        self._undo = ExitStack()
+        self._trace: torch.profiler.profile | None = None
+        self._started: float | None = None
+        self._first_update: int | None = None
+        self._updates = 0
+        self._before: dict[str, float] = {}
+
+    def watch(self, owner: Any, method: str, part: str) -> None:
+        """Counts the time of ``owner.method`` as that of a part, until the profile is closed."""
+        original = getattr(owner, method)
+        was_own = method in vars(owner)
+        setattr(owner, method, self._timed(original, part))
+        if was_own:
+            self._undo.callback(setattr, owner, method, original)
+        else:
+            self._undo.callback(delattr, owner, method)
+
+    def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        name = f"nclql-train/{part}"
+
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            outer, self._open = self._open, timeit(name, sync=True)
+            if outer is not None:
+                outer.__exit__(None, None, None)
+            try:
+                with self._open, record_function(part):
+                    return function(*args, **kwargs)
+            finally:
+                self._open = outer
+                if outer is not None:
+                    outer.__enter__()
+
+        return timed
+
+    def advance(self, updates: int) -> None:
+        """Tells how many updates there have been. The measurement starts at :data:`FIRST_UPDATE` of this process."""
+        if self._first_update is None:
+            self._first_update = updates + FIRST_UPDATE
+        self._updates = updates
+        if self._started is None and updates >= self._first_update:
+            self._before = self._totals()
+            self._started, self._first_update = time.time(), updates
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+            self._trace = torch.profiler.profile(activities=activities)
+            self._trace.start()
+        elif self._trace is not None and updates >= self._first_update + TRACED_UPDATES:
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        if self._trace is not None:
+            self._trace.stop()
+            self._trace.export_chrome_trace(str(self.directory / "trace.json"))
+            self._trace = None
+
+    def _totals(self) -> dict[str, float]:
+        totals = timeit.todict(percall=False)
+        return {part: totals.get(f"nclql-train/{part}", 0.0) for part in PARTS}
+
+    def summary(self) -> dict[str, Any]:
+        """Updates, seconds, and seconds and shares of the parts since the measurement began."""
+        if self._started is None or self._first_update is None:
+            return {"updates": 0, "seconds": 0.0, "parts": {}, "shares": {}}
+        seconds = time.time() - self._started
+        parts = {part: total - self._before[part] for part, total in self._totals().items()}
+        parts["other"] = seconds - sum(parts.values())
+        return {
+            "updates": self._updates - self._first_update,
+            "seconds": seconds,
+            "parts": parts,
+            "shares": {part: spent / seconds for part, spent in parts.items()},
+        }
+
+    def report(self) -> str:
+        """Writes profile.json, and returns a table for people."""
+        self._end_trace()
+        summary = self.summary()
+        write_atomically(self.directory / "profile.json", json.dumps(summary, indent=1) + "\n")
+        if not summary["parts"]:
+            return f"profile: the run ended before update {FIRST_UPDATE}, where the measurement begins."
+        lines = [f"profile of {summary['updates']} updates, {summary['seconds']:.1f} s:"]
+        lines += [f"  {share:6.1%}  {part}" for part, share in sorted(summary["shares"].items(), key=lambda x: -x[1])]
+        return "\n".join([*lines, f"  {self.directory / 'profile.json'}, trace.json"])
+
+    def __enter__(self) -> TimeProfile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._trace is not None:
+            self._trace.stop()
+        self._undo.close()
