@@ -1,8 +1,8 @@
 """What a checkpoint of a full replay buffer costs: the first one, and those that write only what is new.
 
-``python -m benchmarks.checkpoints [directory]`` fills a buffer with a million transitions of HalfCheetah-v5's shapes and
-saves it once whole and then after every 50,000 new ones, each time waiting for the disk. It writes ``checkpoints.json``:
-seconds, and the megabytes that the checkpoints take together.
+``python -m benchmarks.checkpoints [directory]`` fills a buffer with a million transitions of HalfCheetah-v5's shapes
+and saves it once whole and then after every 50,000 new ones, each time waiting for the disk. It writes
+``checkpoints.json``: seconds, and the megabytes that the checkpoints take together.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def table(records: Records) -> str:
         f"{task['name']} (Gymnasium {machine['gymnasium']}, MuJoCo {machine['mujoco']}, engine `{task['engine']}`): "
         f"{task['total_frames']:,} steps of {task['num_envs']} environment(s), the first "
         f"{task['init_random_frames']:,} random, {task['utd_ratio']:g} updates per step, batch {task['batch_size']}, "
-        f"hidden {task['hidden_sizes']}. "
+        f"hidden {task['hidden_sizes']}, tau {task['tau']}. "
         f"Evaluation: {first['evaluation']}.",
         "",
         "| Algorithm | Seeds | Final return [95%] | Q minus return | Parameters | ms/action, 1 state | 256 states "

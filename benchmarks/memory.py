@@ -35,7 +35,8 @@ def run_options(engine: str, updates: int) -> list[str]:
         "optim.update=summed", "replay_buffer.size=1000", "network.hidden_sizes=[32]", "network.num_critics=1",
         "sampler.num_levels=2", "sampler.sigma_max=0.02", "sampler.sigma_min=0.01", "sampler.steps_per_level=1",
         "sampler.execution=auto", "logger.backend=csv", f"logger.log_interval={percent}",
-        f"logger.eval_interval={5 * percent}", "logger.eval_episodes=1", f"checkpoint.interval={2 * percent}", "device=cpu",
+        f"logger.eval_interval={5 * percent}", "logger.eval_episodes=1", f"checkpoint.interval={2 * percent}",
+        "device=cpu",
     ]  # fmt: skip
 
 

@@ -38,20 +38,25 @@ def measured_score(run: RunDirectory, frames: int) -> dict[str, Any] | None:
 
 
 def model_card(
-    config: TrainConfig, *, frames: int, updates: int, score: dict[str, Any] | None, programs: list[str] | None = None
+    config: TrainConfig,
+    *,
+    frames: int,
+    score: dict[str, Any] | None,
+    best: bool = False,
+    programs: list[str] | None = None,
 ) -> str:
     """The card, in Markdown.
 
     Args:
         config: of the run.
         frames: transitions that the agent was trained on.
-        updates: gradient updates.
         score: from :func:`measured_score`.
+        best: whether it was kept for the best of the run's evaluations, which makes its score an optimistic one.
         programs: names of the compiled programs that lie beside it.
 
     Examples:
         >>> score = {"return_mean": -150.0, "return_std": 80.0, "episodes": 10, "source": "summary.json"}
-        >>> print(model_card(TrainConfig(), frames=6000, updates=5000, score=score).split("# ")[-1].splitlines()[0])
+        >>> print(model_card(TrainConfig(), frames=6000, score=score).split("# ")[-1].splitlines()[0])
         How it was trained
     """
     task, sampler = config.env.task, config.sampler
@@ -68,6 +73,7 @@ def model_card(
             f"| Task | Return, mean ± standard deviation | Episodes | Source |\n|---|---|---|---|\n"
             f"| {task} | {spread.replace('+/-', '±')} | {episodes} | the run's {score['source']} |\n\n"
             "Whole episodes without exploration noise on Gymnasium's own environment, undiscounted; one training seed."
+            + (" It is the best of the run's evaluations, so expect less of new episodes." if best else "")
         )
         metric = {"type": "mean_reward", "name": "mean_reward", "value": spread, "verified": False}
         kind = {"type": "reinforcement-learning", "name": "reinforcement-learning"}
@@ -75,7 +81,7 @@ def model_card(
         front["model-index"] = [{"name": f"NC-LQL {task}", "results": [result]}]
     settings = {
         "transitions": f"{frames:,}",
-        "updates": f"{updates:,}",
+        "updates per transition": config.optim.utd_ratio,
         "seed": config.seed,
         "critics": f"{config.network.num_critics} x {config.network.hidden_sizes}",
         "noise levels x steps": f"{sampler.num_levels} x {sampler.steps_per_level}",

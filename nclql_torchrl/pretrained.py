@@ -32,6 +32,7 @@ from torchrl.data import Bounded, Composite
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from nclql_torchrl.actor import LangevinActor
+from nclql_torchrl.execution import Execution
 from nclql_torchrl.program import compile_programs
 from nclql_torchrl.training.components import make_actor_for
 from nclql_torchrl.training.config import TrainConfig, check_override_keys, load_config, validate
@@ -58,6 +59,8 @@ class NCLQLAgent(TensorDictModuleBase):
         action_low: lowest action, shape [action_dim].
         action_high: highest action, shape [action_dim].
         device: where the critics live.
+        execution: how chains run, which is a matter of this machine and not of the one that trained it: see
+            :mod:`nclql_torchrl.execution`.
 
     Examples:
         >>> import tempfile
@@ -84,12 +87,14 @@ class NCLQLAgent(TensorDictModuleBase):
         action_low: Tensor,
         action_high: Tensor,
         device: torch.device | str = "cpu",
+        execution: Execution = "eager",
     ) -> None:
         super().__init__()
         self.config = config
         self.observation_dim = observation_dim
         spec = Bounded(action_low, action_high, action_low.shape, dtype=torch.float32)
-        self.actor = make_actor_for(config, observation_dim, spec, torch.device(device))
+        here = replace(config, sampler=replace(config.sampler, execution=execution))
+        self.actor = make_actor_for(here, observation_dim, spec, torch.device(device))
         self.in_keys: list[NestedKey] = self.actor.in_keys
         self.out_keys: list[NestedKey] = self.actor.out_keys
 
@@ -143,7 +148,12 @@ class NCLQLAgent(TensorDictModuleBase):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", **sampler: Any
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        execution: Execution = "eager",
+        **sampler: Any,
     ) -> NCLQLAgent:
         """Loads an exported agent.
 
@@ -151,8 +161,9 @@ class NCLQLAgent(TensorDictModuleBase):
             path_or_hub_id: a directory written by ``nclql-export`` or :meth:`save_pretrained`, or ``owner/name`` on the
                 Hugging Face Hub (needs ``huggingface_hub``, in the extra ``export``), optionally with ``@revision``.
             device: where the critics go.
+            execution: how chains run here.
             sampler: options of :class:`~nclql_torchrl.training.config.SamplerConfig` other than the run's, such as
-                ``deterministic_num_particles=8`` or ``execution="compile"``.
+                ``deterministic_num_particles=8``.
 
         Raises:
             FileNotFoundError: if it is neither a directory nor an id of the Hub.
@@ -166,7 +177,7 @@ class NCLQLAgent(TensorDictModuleBase):
         config = replace(config, sampler=replace(config.sampler, **sampler))
         validate(config)
         low, high = (torch.tensor(content[name], dtype=torch.float32) for name in ("action_low", "action_high"))
-        agent = cls(config, content["observation_dim"], low, high, device)
+        agent = cls(config, content["observation_dim"], low, high, device, execution)
         try:
             weights = load_file(directory / WEIGHTS, device=str(device))
         except (OSError, SafetensorError) as error:

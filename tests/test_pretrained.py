@@ -80,6 +80,14 @@ def test_sampler_options_replace_those_of_the_run(directory: Path) -> None:
         NCLQLAgent.from_pretrained(directory, num_particles=0)
 
 
+def test_how_chains_run_is_chosen_where_they_run(tmp_path: Path) -> None:
+    # Trained on a GPU, used on a machine without.
+    directory = make_agent(execution="cudagraph").save_pretrained(tmp_path / "agent", card="")
+    assert json.loads((directory / CONFIG).read_text())["training"]["sampler"]["execution"] == "cudagraph"
+    assert NCLQLAgent.from_pretrained(directory).actor.sampler.execution == "eager"
+    assert NCLQLAgent.from_pretrained(directory, execution="auto").actor.sampler.execution == "auto"
+
+
 def test_a_directory_is_never_overwritten(directory: Path) -> None:
     with pytest.raises(FileExistsError, match="agent exists"):
         make_agent().save_pretrained(directory, card="")

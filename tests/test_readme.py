@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -161,3 +162,15 @@ def test_importing_the_package_imports_no_more_simulators_than_torchrl_does() ->
     )
     result = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.split() == ["True", "set()", "False"], result.stderr
+
+
+def test_docstrings_become_markdown_on_the_site() -> None:
+    pytest.importorskip("griffe")
+    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "docstrings.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = "Reads :class:`~nclql_torchrl.LangevinActor` by :meth:`act`, as ``this``::\n\n    code"
+    assert module.to_markdown(text) == "Reads `LangevinActor` by `act`, as ``this``:\n\n    code"
+    table = "Choices.\n\n===  ===\na    one\nb    two\n===  ==="
+    assert module.to_markdown(table) == "Choices.\n\n```text\n===  ===\na    one\nb    two\n===  ===\n```"

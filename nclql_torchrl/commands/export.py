@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from torchrl.checkpoint import CheckpointError
 
-from nclql_torchrl.training.checkpoint import latest_checkpoint, read_metadata
+from nclql_torchrl.training.checkpoint import BEST_METRIC, best_checkpoint, latest_checkpoint, read_metadata
 from nclql_torchrl.training.components import make_device
 from nclql_torchrl.training.config import ConfigError, check_override_keys
 from nclql_torchrl.training.run_directory import RunDirectory
@@ -23,6 +23,8 @@ class ExportConfig:
 
     checkpoint: str = MISSING
     """A run directory (its newest checkpoint is taken) or a checkpoint directory."""
+    best: bool = False
+    """Of a run directory, take the policy of the best evaluation instead."""
     output: str | None = None
     """The directory to write, which must not exist; null: exported-<transitions> in the run directory."""
     program: bool = False
@@ -71,7 +73,7 @@ def _export(composed: DictConfig) -> None:
         raise ConfigError(f"states is {options.states}; expected at least 1.")
     checkpoint = Path(options.checkpoint)
     if (checkpoint / "checkpoints").is_dir():
-        checkpoint = latest_checkpoint(checkpoint / "checkpoints")
+        checkpoint = (best_checkpoint if options.best else latest_checkpoint)(checkpoint / "checkpoints")
     agent = NCLQLAgent.from_run(checkpoint, device=make_device(options.device))
     run, metadata = RunDirectory.containing(checkpoint), read_metadata(checkpoint)
     frames = metadata["frames"]
@@ -79,8 +81,8 @@ def _export(composed: DictConfig) -> None:
     card = model_card(
         agent.config,
         frames=frames,
-        updates=metadata["updates"],
         score=score,
+        best=BEST_METRIC in metadata,
         programs=[DETERMINISTIC, SAMPLING] if options.program else None,
     )
     output = run.path / f"exported-{frames}" if options.output is None else Path(options.output)

@@ -65,9 +65,10 @@ def save_checkpoint(
     Args:
         checkpoint: the registered components.
         directory: the run's checkpoint directory, which nobody else writes to.
-        frames: transitions collected so far; a checkpoint that exists for this number is kept as it is.
+        frames: transitions collected so far.
         keep: how many to keep.
-        metadata: JSON values for the manifest; ``task`` is compared on loading.
+        metadata: JSON values for the manifest. ``task`` is compared on loading; if all are those of the newest
+            checkpoint, there is nothing to save.
 
     Returns:
         Path of the checkpoint.
@@ -76,12 +77,18 @@ def save_checkpoint(
         OSError: if it cannot be written, such as on a full disk; then the directory is as it was.
     """
     rotation = CheckpointRotation(directory, keep_last=keep)
+    latest, metadata = rotation.latest(), {**metadata, "frames": frames}
+    if latest is not None and Checkpoint.manifest(latest)["metadata"] == metadata:
+        return latest
     path = directory / f"checkpoint-{frames:012d}"
-    if not path.exists():
-        options, latest = {}, rotation.latest()
-        if REPLAY in checkpoint and latest is not None:
-            options[REPLAY] = CheckpointOptions(save_kwargs={"previous": _component(latest, REPLAY)})
-        _write(checkpoint, path, metadata={**metadata, "frames": frames}, component_options=options)
+    while path.exists():
+        # Of a run that was stopped within these frames. It stays until the new one is whole; to TorchRL, with one more
+        # zero it is the same number of frames, of which the newer counts.
+        path = path.with_name(path.name.replace("-", "-0"))
+    options = {}
+    if REPLAY in checkpoint and latest is not None:
+        options[REPLAY] = CheckpointOptions(save_kwargs={"previous": _component(latest, REPLAY)})
+    _write(checkpoint, path, metadata=metadata, component_options=options)
     rotation.prune()
     return path
 

@@ -37,7 +37,7 @@ class EnvConfig:
     engine: str = "auto"
     """auto (mjx on a GPU, mujoco on a CPU; gymnasium for tasks that they do not have), mujoco, mjx or gymnasium."""
     num_envs: int = 5
-    """Environments stepped together, in every worker."""
+    """Environments stepped together, by every worker and learner."""
     task_options: dict[str, Any] = field(default_factory=dict)
     """Options of the task's constructor, for training and evaluation."""
     engine_options: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class ReplayBufferConfig:
     """Uniform replay."""
 
     size: int = 1_000_000
-    """Capacity in transitions."""
+    """Capacity in transitions, of every learner."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class OptimConfig:
     """The update."""
 
     batch_size: int = 256
-    """Transitions per update."""
+    """Transitions per update, of every learner."""
     lr: float = 1e-4
     """Adam's learning rate."""
     utd_ratio: float = 0.2

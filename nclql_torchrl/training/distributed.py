@@ -10,6 +10,7 @@ The loss calls its critics functionally, which torch's ``DistributedDataParallel
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import shutil
@@ -42,7 +43,7 @@ SUMMED = ("diverged", "lost_frames")
 class Learners:
     """The ranks of a run, seen from one of them. Without torchrun there is one, and nothing is exchanged.
 
-    A context manager: it leaves the group when the run is over.
+    A context manager, for one run: at its end the ranks wait for each other.
 
     Attributes:
         rank: number of this process.
@@ -57,12 +58,8 @@ class Learners:
 
     def __enter__(self) -> Learners:
         if dist.is_torchelastic_launched():
-            if os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1"):
-                # All on this machine: nothing needs to be reached from outside.
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-                os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-            # Gradients travel on their own device; what the loop agrees on, on the CPU, where no GPU is waited for.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+            if not dist.is_initialized():
+                _init_process_group()
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
             self.local_rank = int(os.environ["LOCAL_RANK"])
         return self
@@ -70,11 +67,9 @@ class Learners:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if dist.is_initialized():
-            if error is None or self.stop_signal is not None:
-                # torchrun ends all as soon as one has ended, and rank 0 has more to write.
-                self._all_reduce(torch.zeros(1), dist.ReduceOp.SUM)
-            dist.destroy_process_group()
+        if self.world_size > 1 and (error is None or self.stop_signal is not None):
+            # torchrun ends all as soon as one has ended, and rank 0 has more to write.
+            self._all_reduce(torch.zeros(1), dist.ReduceOp.SUM)
 
     def localize(self, config: TrainConfig) -> TrainConfig:
         """The run as it is for this rank: with its own directory. Loggers are rank 0's.
@@ -230,6 +225,17 @@ class Learners:
         return bytes(encoded.tolist()).rstrip(b"\0").decode()
 
 
+def _init_process_group() -> None:
+    """Connects this process to the others of torchrun. Once: its store takes no second group, of a sweep's next run."""
+    if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
+        # All on this machine: nothing needs to be reached from outside.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    # Gradients travel on their own device; what the loop agrees on, on the CPU, where no GPU is waited for.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    atexit.register(dist.destroy_process_group)
+
+
 def is_rank_zero() -> bool:
     """Whether this process is the one that speaks to the user."""
     return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
@@ -256,5 +262,5 @@ def _lost_learner() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ConnectionError(
-            f"Another learner ended or cannot be reached; its own message says why. The last checkpoint is kept."
+            "Another learner ended or cannot be reached; its own message says why. The last checkpoint is kept."
         ) from error

@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -127,6 +127,8 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
     restored = learners.latest_checkpoint(run)
     if restored is not None:
         load_checkpoint(checkpoint, restored, task=config.env.task, device=device)
+        if config.collector.backend != "direct":
+            say("Everything is restored but what the workers were doing: they begin new episodes.")
     run.rewind_metrics(progress["reported_frames"])
     run.write_config(config)
     logger = RunLogger(config.logger.backend, run, progress["reported_frames"], say)
@@ -153,7 +155,8 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
             # The other ranks keep one more: rank 0's, the last to be written, may not be.
             keep = config.checkpoint.keep + min(1, learners.rank)
             with learners.rank_zero_last():
-                path = save_checkpoint(checkpoint, run.checkpoints, frames=frames, keep=keep, metadata=metadata)
+                described = {**metadata, "updates": updates, "reported_frames": reported_frames}
+                path = save_checkpoint(checkpoint, run.checkpoints, frames=frames, keep=keep, metadata=described)
         except OSError as error:
             kept = latest_checkpoint(run.checkpoints) if run.has_checkpoint() else "none"
             sentence = f"The checkpoint after {frames} frames was not written ({error}); the last one is {kept}."
@@ -272,7 +275,8 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
         say(profile.report())
 
     if learners.stop_signal is not None:
-        run.draw_learning_curve(config.env.task)
+        with suppress(OSError):  # a full disk, of which save() has told
+            run.draw_learning_curve(config.env.task)
         raise Interrupted(
             f"Stopped after {frames} frames and {updates} updates. {saved} "
             f"Continue with: nclql-train resume={run.path}",

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from benchmarks import learning, learning_figures
+from benchmarks import critic_or_sampler, learning, learning_figures
 from benchmarks.learning import AlgorithmConfig, LearningConfig, TaskConfig
 
 CONF = Path(learning.__file__).parent / "conf"
@@ -120,3 +120,13 @@ def test_figures_and_tables_are_made_of_two_lines(record: dict[str, Any], tmp_pa
 def test_the_page_says_what_was_committed() -> None:
     page = (learning.RESULTS / "README.md").read_text()
     assert learning_figures.write_tables(learning.RESULTS) in page
+
+
+def test_one_critic_acts_in_several_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(critic_or_sampler, "CHAINS", {"its own chain": {}, "w 50": {"w": 50.0}})
+    config = tiny("nclql")
+    result = critic_or_sampler.compare(config)
+    assert list(result["evaluations"]) == ["best of a grid", "its own chain", "w 50"]
+    # The same critic, deterministic: the chain's evaluation is the run's last one.
+    assert result["evaluations"]["its own chain"]["return_mean"] == result["curve"][-1]["return_mean"]
+    assert result["evaluations"]["best of a grid"]["estimated_q"] >= result["evaluations"]["w 50"]["estimated_q"] - 1e-3

@@ -61,7 +61,7 @@ def test_exports_the_newest_checkpoint_with_its_measured_score(finished: Path) -
 def test_the_score_is_that_of_the_checkpoint(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    earlier = sorted((finished / "checkpoints").iterdir())[0]
+    earlier = sorted((finished / "checkpoints").glob("checkpoint-*"))[0]
     frames = int(earlier.name.removeprefix("checkpoint-"))
     assert frames < 240
     rows = {int(row["frames"]): row for row in RunDirectory(finished).read_metrics()}
@@ -69,6 +69,11 @@ def test_the_score_is_that_of_the_checkpoint(
     export(monkeypatch, f"checkpoint={earlier}", f"output={tmp_path / 'a'}")
     assert "not evaluated by the run" in capsys.readouterr().out
     assert "The run did not evaluate this checkpoint" in (tmp_path / "a" / "README.md").read_text()
+    # The best has the score that it was kept for.
+    export(monkeypatch, f"checkpoint={finished}", "best=true", f"output={tmp_path / 'best'}")
+    returns = [row["evaluation_return"] for row in rows.values() if "evaluation_return" in row]
+    assert f"return {max(returns):.1f} in the run" in capsys.readouterr().out
+    assert "It is the best of the run's evaluations" in (tmp_path / "best" / "README.md").read_text()
     # A checkpoint away from its run has no score either.
     shutil.copytree(earlier.with_name("checkpoint-000000000240"), tmp_path / "alone" / "checkpoint-000000000240")
     export(monkeypatch, f"checkpoint={tmp_path}/alone/checkpoint-000000000240", f"output={tmp_path / 'b'}")

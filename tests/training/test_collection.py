@@ -66,7 +66,8 @@ def test_async_workers_deliver_everything_and_act_with_what_was_published(
                 time.sleep(1.5)
             batch = next(batches)
             assert batch.batch_size == (2, 1)
-            assert {"episode_reward", "step_count"} <= set(batch["next"].keys()), "what episodes are logged from"
+            # What episodes are logged from.
+            assert {("next", "episode_reward"), ("next", "step_count")} <= set(batch.keys(True))
             if not acts(batch, 1.0):
                 random_frames += batch.numel()
             begins, ends = batch["observation"][:, 0], batch["next", "observation"][:, -1]

@@ -8,11 +8,11 @@ import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
-import torch
+from ray.exceptions import RayActorError
 
 from nclql_torchrl.training import ConfigError, Interrupted, RunDirectory, TrainConfig, train, training
 from nclql_torchrl.training.ray_workers import RayWorkers, connect
@@ -80,9 +80,9 @@ def test_a_worker_that_always_dies_is_an_error(
 ) -> None:
     monkeypatch.setattr(ray, "put", lambda weights: weights)
     monkeypatch.setattr(ray, "wait", lambda pending, num_returns: (pending[:1], pending[1:]))
-    monkeypatch.setattr(ray, "get", lambda task: (_ for _ in ()).throw(ray.exceptions.RayActorError()))
+    monkeypatch.setattr(ray, "get", lambda task: (_ for _ in ()).throw(RayActorError()))
     workers = RayWorkers(tiny_config("collector.backend=ray"), make_actor())
-    monkeypatch.setattr(workers, "_ask", lambda index: workers._pending.update({torch.tensor(0): index}))
+    monkeypatch.setattr(workers, "_ask", lambda index: workers._pending.setdefault(cast("Any", "task"), index))
     monkeypatch.setattr(ray, "remote", lambda worker: _Remote())
     workers._start(0)
     with pytest.warns(UserWarning, match="lost"), pytest.raises(ChildProcessError, match="0 died 4 times before"):

@@ -95,6 +95,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_a_run_stopped_within_its_last_updates_ends_with_all_of_them(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("collector.total_frames=84", "logger.eval_episodes=1")
+    train(tiny_config(*options, f"run_dir={tmp_path / 'whole'}"))
+    config = tiny_config(*options, f"run_dir={tmp_path / 'parts'}")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, frames=84)
+        with pytest.raises(Interrupted, match="after 84 frames and 12 updates"):
+            train(config)
+    config.resume = config.run_dir
+    assert train(config)["updates"] == 13
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    assert len(list((tmp_path / "parts" / "checkpoints").glob("checkpoint-*84"))) == 1
+
+
 def test_an_interrupted_evaluation_is_made_up_for(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
