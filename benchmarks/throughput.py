@@ -88,6 +88,8 @@ def measure(config: TrainConfig, updates_per_step: int, seconds: float) -> dict[
     def learn() -> None:
         window.add_update(update(sample(replay_buffer)))
 
+    # First: a collector closes its environments when it ends.
+    simulation = rate(simulate, seconds, device) * num_envs
     collector = make_collector(config, env, actor, device)
     batches = iter(collector)
 
@@ -114,14 +116,14 @@ def measure(config: TrainConfig, updates_per_step: int, seconds: float) -> dict[
         "updates_per_step": updates_per_step,
         "compile_s": round(time.perf_counter() - begin, 1),
     }
+    row["simulation_steps_per_second"] = simulation
     row["learning_updates_per_second"] = rate(learn, seconds, device)
     row["collection_steps_per_second"] = rate(collect, seconds, device) * num_envs
     steps = rate(train, seconds, device)
     row["loop_steps_per_second"], row["loop_updates_per_second"] = steps * num_envs, steps * updates_per_step
     if device.type == "cuda":
         row["loop_gpu_busy"] = gpu_busy(train)
-    collector.shutdown(close_env=False)
-    row["simulation_steps_per_second"] = rate(simulate, seconds, device) * num_envs
+    collector.shutdown()
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
 
 

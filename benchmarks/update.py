@@ -117,9 +117,9 @@ def main() -> None:
                     f"{row[f'{prefix}to_jax_sampler']:5.2f} of the JAX sampler",
                     flush=True,
                 )
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=1) + "\n")
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

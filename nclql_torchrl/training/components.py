@@ -120,8 +120,8 @@ def make_actor_for(
         diagnostics=diagnostics,
     )
     if loss is not None:
-        # The same tensor: it is tuned in place.
-        actor.sampler.w = loss.sampler.w
+        # The same w, which is tuned in place, and the same compiled programs.
+        actor.sampler = loss.sampler
     return actor
 
 
