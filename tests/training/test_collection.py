@@ -47,6 +47,13 @@ def take_until(batches: Iterator[TensorDictBase], condition: Callable[[TensorDic
     raise AssertionError("20 batches, and none as awaited")
 
 
+def assert_workers_end() -> None:
+    """Those that were killed, in a moment."""
+    for worker in active_children():
+        worker.join(timeout=30)
+    assert not active_children()
+
+
 @pytest.mark.slow
 def test_async_workers_deliver_everything_and_act_with_what_was_published(
     tiny_config: Callable[..., TrainConfig],
@@ -96,7 +103,7 @@ def test_async_workers_deliver_everything_and_act_with_what_was_published(
         with pytest.raises(ChildProcessError, match=r"A collection worker died \(exit codes: .*-9"):
             for _ in range(20):
                 next(batches)
-    assert not active_children()
+    assert_workers_end()
 
 
 @pytest.mark.slow
@@ -114,10 +121,10 @@ def test_an_async_run_counts_updates_exactly_stops_on_a_signal_and_goes_on(
     monkeypatch.setattr(RunDirectory, "append_metrics", interrupt)
     with pytest.raises(Interrupted, match=r"Stopped after 102 frames and 18 updates"):
         train(config)
-    assert not active_children()
+    assert_workers_end()
     config.resume, config.run_dir = config.run_dir, None
     summary = train(config)
-    assert not active_children()
+    assert_workers_end()
     assert (summary["frames"], summary["updates"]) == (240, 60)
     rows = RunDirectory.open(tmp_path / "run").read_metrics()
     assert [row["frames"] for row in rows] == [50, 100, 150, 200, 240]
