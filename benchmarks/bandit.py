@@ -153,7 +153,7 @@ def run(bandit_name: str, name: str, seed: int, updates: int) -> tuple[dict[str,
     """Trains and judges one algorithm; its record, and the agent."""
     torch.manual_seed(seed)
     bandit = make_bandit(BANDITS[bandit_name])
-    problem = Problem(1, Bounded(-1.0, 1.0, (2,)), hidden_sizes=(64, 64))
+    problem = Problem(1, Bounded(-1.0, 1.0, torch.Size([2])), hidden_sizes=(64, 64))
     algorithm = ALGORITHMS[name](problem)
     started = time.process_time()
     train(algorithm, bandit, updates)

@@ -113,7 +113,7 @@ class Learners:
             return newest
         name = self._from_rank_zero("" if newest is None else newest.name)
         for part in run.checkpoints.glob("checkpoint-*"):
-            if part.name > name:
+            if self.rank > 0 and part.name != name and _frames(part.name) >= _frames(name):
                 # Of one that was not completed. What comes now may not be what came then.
                 shutil.rmtree(part)
         return run.checkpoints / name if name else None
@@ -254,6 +254,11 @@ def check_world_size(checkpoint: Path, world_size: int) -> None:
             f"Checkpoint {checkpoint} has the environments, replay and random states of {saved} learners; there are "
             f"{world_size} now. Expected the same number, torchrun --nproc-per-node={saved}."
         )
+
+
+def _frames(name: str) -> int:
+    """After how many transitions a checkpoint of this name was saved; "" is before all."""
+    return int(name.split("-")[1]) if name else -1
 
 
 @contextmanager

@@ -130,3 +130,10 @@ def test_one_critic_acts_in_several_ways(monkeypatch: pytest.MonkeyPatch) -> Non
     # The same critic, deterministic: the chain's evaluation is the run's last one.
     assert result["evaluations"]["its own chain"]["return_mean"] == result["curve"][-1]["return_mean"]
     assert result["evaluations"]["best of a grid"]["estimated_q"] >= result["evaluations"]["w 50"]["estimated_q"] - 1e-3
+
+
+def test_the_page_quotes_the_committed_critic() -> None:
+    page = (learning.RESULTS / "README.md").read_text()
+    (result,) = learning.read_records(critic_or_sampler.RESULTS / "critic_or_sampler.jsonl")
+    for name, evaluation in result["evaluations"].items():
+        assert f"| {name} | {evaluation['return_mean']:.1f} | {evaluation['estimated_q']:.2f} |" in page

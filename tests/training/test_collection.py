@@ -89,7 +89,10 @@ def test_async_workers_deliver_everything_and_act_with_what_was_published(
         workers.update_policy_weights_()
         take_until(batches, lambda batch: acts(batch, 1.0))
 
-        active_children()[0].kill()
+        killed = active_children()[0]
+        killed.kill()
+        killed.join(timeout=60)
+        assert killed.exitcode == -signal.SIGKILL
         with pytest.raises(ChildProcessError, match=r"A collection worker died \(exit codes: .*-9"):
             for _ in range(20):
                 next(batches)
@@ -109,7 +112,7 @@ def test_an_async_run_counts_updates_exactly_stops_on_a_signal_and_goes_on(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(RunDirectory, "append_metrics", interrupt)
-    with pytest.raises(Interrupted, match=r"Stopped after 100 frames and 18 updates"):
+    with pytest.raises(Interrupted, match=r"Stopped after 102 frames and 18 updates"):
         train(config)
     assert not active_children()
     config.resume, config.run_dir = config.run_dir, None

@@ -99,6 +99,7 @@ def kill(process: multiprocessing.process.BaseProcess, run_dir: Path, when: str,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_killed_twenty_times_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     random.seed(0)
     context = multiprocessing.get_context("forkserver")
