@@ -171,6 +171,7 @@ class BatchedEnv(EnvBase):
         else:
             mask = mask.view(self.batch_size)
             interrupted = mask & ~self._prepared
+            # Waits for a GPU, as whoever asks for some resets has just done to know which.
             if interrupted.any():
                 self._observation = torch.where(
                     interrupted.unsqueeze(-1), self._engine.reset(interrupted), self._observation

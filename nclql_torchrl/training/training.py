@@ -17,10 +17,13 @@ import numpy as np
 import torch
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.data import TensorDictReplayBuffer
+from torchrl.envs import TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm
 
 from nclql_torchrl.actor import LangevinActor
+from nclql_torchrl.loss import NCLQLLoss
+from nclql_torchrl.temperature import AutomaticTemperature
 from nclql_torchrl.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -48,6 +51,7 @@ from nclql_torchrl.training.metrics import MetricsWindow
 from nclql_torchrl.training.replay_state import ReplayState
 from nclql_torchrl.training.run_directory import RunDirectory, refuse_taken
 from nclql_torchrl.training.time_profile import TimeProfile
+from nclql_torchrl.update import NCLQLUpdate
 
 TEMPERATURE_INTERVAL = 10
 """Updates between two corrections of w: the critics change little in between, and chains are what costs."""
@@ -164,22 +168,9 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
             return sentence
         return f"Saved {path}."
 
-    profile = None
-    if config.profile:
-        profile = stack.enter_context(TimeProfile(run.path))
-        profile.watch(env.base_env, "_step", "simulation")
-        profile.watch(env.base_env, "_reset", "simulation")
-        profile.watch(actor, "forward", "acting")
-        profile.watch(replay_buffer, "extend", "replay")
-        profile.watch(replay_buffer, "sample", "replay")
-        profile.watch(loss, "draw", "target sampling")
-        profile.watch(update, "learn", "critic update")
-        if temperature is not None:
-            profile.watch(temperature, "step", "temperature")
-        for function in ("sampler_diagnostics", "run_evaluation", "report"):
-            profile.watch(sys.modules[__name__], function, "logging and evaluation")
-        for function in ("save_checkpoint", "keep_best"):
-            profile.watch(sys.modules[__name__], function, "checkpoints")
+    profile = stack.enter_context(TimeProfile(run.path)) if config.profile else None
+    if profile is not None:
+        watch(profile, env, actor, replay_buffer, loss, update, temperature)
 
     stop.abandon = False
     batches = iter(collector)
@@ -399,6 +390,34 @@ def keep_best(
 def say(sentence: str) -> None:
     """Tells the user something, above the progress bar."""
     tqdm.write(sentence, file=sys.stderr)
+
+
+def watch(
+    profile: TimeProfile,
+    env: TransformedEnv,
+    actor: LangevinActor,
+    replay_buffer: TensorDictReplayBuffer,
+    loss: NCLQLLoss,
+    update: NCLQLUpdate,
+    temperature: AutomaticTemperature | None,
+) -> None:
+    """Tells a profile what of a run belongs to which part of its time."""
+    here = sys.modules[__name__]
+    parts = [
+        (env.base_env, "_step", "simulation"),
+        (env.base_env, "_reset", "simulation"),
+        (actor, "forward", "acting"),
+        (replay_buffer, "extend", "replay"),
+        (replay_buffer, "sample", "replay"),
+        (loss, "draw", "target sampling"),
+        (update, "learn", "critic update"),
+        (temperature, "step", "temperature"),
+        *((here, name, "logging and evaluation") for name in ("sampler_diagnostics", "run_evaluation", "report")),
+        *((here, name, "checkpoints") for name in ("save_checkpoint", "keep_best")),
+    ]
+    for owner, method, part in parts:
+        if owner is not None:
+            profile.watch(owner, method, part)
 
 
 def describe(row: Mapping[str, float], evaluation: Evaluation | None) -> dict[str, str]:
