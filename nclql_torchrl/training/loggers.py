@@ -34,8 +34,8 @@ class RunLogger:
         ...     run = RunDirectory.create(TrainConfig(run_dir=f"{parent}/run"))
         ...     logger = RunLogger("csv", run, frames=0, say=print)
         ...     logger.log({"frames": 5, "q_mean": 0.25})
-        ...     (run.path / "logs" / "run" / "scalars" / "q_mean.csv").read_text()
-        '5,0.25\n'
+        ...     (run.path / "logs" / "run" / "scalars" / "q_mean.csv").read_text().split()
+        ['5,0.25']
     """
 
     def __init__(self, backend: str, run: RunDirectory, frames: int, say: Callable[[str], None]) -> None:
