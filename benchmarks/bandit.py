@@ -54,8 +54,8 @@ RANDOM_ACTIONS = 2_000
 ACTIONS_PER_UPDATE = 8
 BATCH_SIZE = 256
 LR = 1e-2
-"""Of every algorithm. With 1e-3 critics see no modes yet after 2,000 updates: fitted to uniform actions, they stay at an
-error of 0.11, the deviation of the reward itself, and with 1e-2 come to 0.016."""
+"""Of every algorithm. With 1e-3 critics see no modes yet after 2,000 updates: fitted to uniform actions, they stay at
+an error of 0.11, the deviation of the reward itself, and with 1e-2 come to 0.016."""
 SAMPLES = 4_096
 """Actions that a policy is judged by; exact ones come to a total variation of about 0.06."""
 BINS = 10
