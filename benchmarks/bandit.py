@@ -12,7 +12,7 @@ A figure for each, ``equal.png``, is made with the agents of seed 0, which are t
 The soft optimum is known because every step is terminal, so that Q is the reward: the policy should be exp(w r). w is
 20 for the Langevin samplers, and SAC and soft Q-learning have the fixed temperature 1 / w. Q-score matching has no such
 temperature, since its score ignores the noise that a step adds: its factor on the action gradient, 1, did best on the
-unequal modes of 0.2, 1, 3, 8 and 20.
+unequal modes of 0.2, 1, 3, 8 and 20, tried with Adam 1e-3 only.
 """
 
 from __future__ import annotations
