@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from torchrl.checkpoint import CheckpointError
 
-from nclql_torchrl.training.checkpoint import BEST_METRIC, best_checkpoint, latest_checkpoint, read_metadata
+from nclql_torchrl.training.checkpoint import BEST_METRIC, find_checkpoint, read_metadata
 from nclql_torchrl.training.components import make_device
 from nclql_torchrl.training.config import ConfigError, check_override_keys
 from nclql_torchrl.training.run_directory import RunDirectory
@@ -71,9 +71,7 @@ def _export(composed: DictConfig) -> None:
     assert isinstance(options, ExportConfig)
     if options.states < 1:
         raise ConfigError(f"states is {options.states}; expected at least 1.")
-    checkpoint = Path(options.checkpoint)
-    if (checkpoint / "checkpoints").is_dir():
-        checkpoint = (best_checkpoint if options.best else latest_checkpoint)(checkpoint / "checkpoints")
+    checkpoint = find_checkpoint(Path(options.checkpoint), options.best)
     agent = NCLQLAgent.from_run(checkpoint, device=make_device(options.device))
     run, metadata = RunDirectory.containing(checkpoint), read_metadata(checkpoint)
     frames = metadata["frames"]

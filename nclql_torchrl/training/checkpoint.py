@@ -241,6 +241,25 @@ def best_checkpoint(directory: Path) -> Path:
     return best
 
 
+def find_checkpoint(path: Path, best: bool = False) -> Path:
+    """The checkpoint that a user means by a path.
+
+    Args:
+        path: a run directory (its newest checkpoint is taken) or a checkpoint directory.
+        best: of a run directory, take the policy of the best evaluation instead.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"checkpoint {path} does not exist; expected a run directory or one of its checkpoints."
+        )
+    if (path / "checkpoints").is_dir():
+        return (best_checkpoint if best else latest_checkpoint)(path / "checkpoints")
+    return path
+
+
 def _component(path: Path, name: str) -> Path:
     """Where a checkpoint keeps a component."""
     return path / Checkpoint.manifest(path)["components"][name]["path"]

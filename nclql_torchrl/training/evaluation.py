@@ -17,7 +17,7 @@ from torchrl.modules.utils import get_env_transforms_from_module
 
 from envs import make_env
 from nclql_torchrl.actor import LangevinActor
-from nclql_torchrl.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, read_config
+from nclql_torchrl.training.checkpoint import find_checkpoint, load_checkpoint, read_config
 from nclql_torchrl.training.components import make_actor, make_loss
 from nclql_torchrl.training.config import TrainConfig, load_config
 
@@ -112,13 +112,7 @@ def load_policy(path: str | Path, device: torch.device, best: bool = False) -> t
         FileNotFoundError: if there is no checkpoint.
         CheckpointError: if it is damaged or unsafe.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"checkpoint {path} does not exist; expected a run directory or one of its checkpoints."
-        )
-    if (path / "checkpoints").is_dir():
-        path = (best_checkpoint if best else latest_checkpoint)(path / "checkpoints")
+    path = find_checkpoint(Path(path), best)
     config = load_config(read_config(path))
     env = make_env(config.env.task, 1, engine="gymnasium", device=device, seed=config.seed, **config.env.task_options)
     loss = make_loss(config, make_actor(config, env, device))
