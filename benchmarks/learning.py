@@ -168,7 +168,9 @@ def run(config: LearningConfig) -> tuple[dict[str, Any], Algorithm]:
         with training() if warm else warm_up():
             # Collect one step of every environment: random at first, then the actor that is being trained.
             batch = next(batches)
-            replay_buffer.extend(batch.select(*algorithm.loss.in_keys).reshape(-1))
+            transitions = algorithm.transitions(batch)
+            if len(transitions):
+                replay_buffer.extend(transitions)
             frames += batch.numel()
             # Learn: utd_ratio updates per transition after the random ones.
             due = math.floor(task.utd_ratio * max(0, frames - task.init_random_frames) + 1e-9)

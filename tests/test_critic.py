@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -105,8 +105,8 @@ def test_hand_written_gradient_matches_autograd_of_the_plain_forward(
     reduction: EnsembleReduction, hidden_sizes: tuple[int, ...], layer_norm: bool
 ) -> None:
     torch.manual_seed(1)
-    options = {"layer_norm": layer_norm, "action_low": -2.0, "action_high": 1.0, "dtype": torch.float64}
-    critics = [NoiseConditionedQNetwork(5, 3, hidden_sizes, **options) for _ in range(3)]
+    network: dict[str, Any] = {"layer_norm": layer_norm, "action_low": -2.0, "action_high": 1.0, "dtype": torch.float64}
+    critics = [NoiseConditionedQNetwork(5, 3, hidden_sizes, **network) for _ in range(3)]
     for critic in critics:
         for parameter in critic.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)

@@ -42,7 +42,7 @@ def make(kind: str, **options: Any) -> LangevinActor:
     """An actor over observations of size 3 and actions of size 2 in [-2, 2], with one step per level."""
     torch.manual_seed(1)
     if kind != "any":
-        bounds = {"action_low": -2.0, "action_high": 2.0}
+        bounds: Any = {"action_low": -2.0, "action_high": 2.0}
         networks = [
             NoiseConditionedQNetwork(3, 2, (16, 16), layer_norm=kind == "layer_norm", **bounds) for _ in range(2)
         ]

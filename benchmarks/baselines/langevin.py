@@ -9,7 +9,13 @@ from omegaconf import OmegaConf
 from tensordict import TensorDictBase
 
 from benchmarks.baselines.algorithm import Algorithm, Problem
-from nclql_torchrl.training.components import make_actor_for, make_loss, make_temperature, make_update
+from nclql_torchrl.training.components import (
+    make_actor_for,
+    make_loss,
+    make_n_step,
+    make_temperature,
+    make_update,
+)
 from nclql_torchrl.training.config import TrainConfig, load_config, validate
 from nclql_torchrl.training.training import TEMPERATURE_INTERVAL
 
@@ -42,7 +48,7 @@ def make_langevin(problem: Problem, **options: Any) -> Algorithm:
         return metrics
 
     evaluator = make_actor_for(config, problem.observation_dim, problem.action_spec, device, loss, diagnostics=True)
-    return Algorithm(actor, loss, update, evaluator, config.optim.reward_scale)
+    return Algorithm(actor, loss, update, evaluator, config.optim.reward_scale, make_n_step(config, loss))
 
 
 def make_config(problem: Problem, options: dict[str, Any]) -> TrainConfig:

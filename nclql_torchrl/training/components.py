@@ -18,6 +18,7 @@ from nclql_torchrl.loss import NCLQLLoss
 from nclql_torchrl.schedule import NoiseSchedule
 from nclql_torchrl.temperature import AutomaticTemperature
 from nclql_torchrl.training.config import ConfigError, TrainConfig
+from nclql_torchrl.training.n_step import NStepReturns
 from nclql_torchrl.update import Average, NCLQLUpdate
 
 INITIAL_W = 500.0
@@ -165,6 +166,12 @@ def make_replay_buffer(config: TrainConfig, device: torch.device) -> TensorDictR
     return TensorDictReplayBuffer(
         storage=LazyTensorStorage(config.replay_buffer.size, device=device), batch_size=config.optim.batch_size
     )
+
+
+def make_n_step(config: TrainConfig, loss: NCLQLLoss) -> NStepReturns | None:
+    """What makes transitions of collected steps with ``optim.n_steps`` above 1, else None: each is one."""
+    n_steps = config.optim.n_steps
+    return None if n_steps == 1 else NStepReturns(n_steps, config.optim.gamma, loss.in_keys)
 
 
 def sample(replay_buffer: TensorDictReplayBuffer) -> TensorDictBase:
