@@ -20,7 +20,7 @@ OWN_LOSSES = ("sql", "qsm")
 
 def make(family: str, problem: Problem = PROBLEM, lr: float = 3e-4) -> Algorithm:
     torch.manual_seed(0)
-    if family == "langevin":
+    if family in ("langevin", "quantiles"):
         return FAMILIES[family](problem, optim={"lr": lr}, sampler={"execution": "eager"})
     return FAMILIES[family](problem, lr=lr)
 
