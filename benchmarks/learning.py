@@ -34,6 +34,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from benchmarks.baselines.algorithm import Algorithm, Problem
+from benchmarks.baselines.crossq import make_crossq
 from benchmarks.baselines.langevin import make_langevin
 from benchmarks.baselines.qsm import make_qsm
 from benchmarks.baselines.quantiles import make_quantiles
@@ -49,6 +50,7 @@ from nclql_torchrl.training.evaluation import SEED_OFFSET, evaluate_in
 FAMILIES: dict[str, Callable[..., Algorithm]] = {
     "langevin": make_langevin,
     "quantiles": make_quantiles,
+    "crossq": make_crossq,
     "sac": make_sac,
     "td3": make_td3,
     "sql": make_sql,

@@ -163,11 +163,8 @@ class QuantileLoss(NCLQLLoss):
         lowest = quantiles.gather(0, index).squeeze(0)
         # To the value estimator every quantile is a transition of its own.
         num_quantiles = lowest.shape[-1]
-        samples = tensordict.clone(False).unsqueeze(-1).expand(*tensordict.batch_size, num_quantiles)
-        reward_key = ("next", self.tensor_keys.reward)
-        samples.set(reward_key, samples.get(reward_key) * self.reward_scale)
-        samples.set(("next", self.tensor_keys.value), lowest.unsqueeze(-1))
-        return self.value_estimator.value_estimate(samples).squeeze(-1), means.amin(0)
+        samples = tensordict.unsqueeze(-1).expand(*tensordict.batch_size, num_quantiles)
+        return self.bootstrap(samples, lowest), means.amin(0)
 
     def _last_level(self, tensordict: TensorDictBase, like: Tensor) -> Tensor:
         """The noise-free level, shape [*batch]."""

@@ -155,7 +155,7 @@ def make_update(config: TrainConfig, loss: NCLQLLoss, average: Average | None = 
     ``average`` is for several learners.
     """
     optimizer = Adam(loss.parameters(), lr=config.optim.lr, fused=True)
-    target_updater = SoftUpdate(loss, eps=config.optim.target_update_polyak)
+    target_updater = SoftUpdate(loss, eps=config.optim.target_update_polyak) if loss.delay_qvalue else None
     return NCLQLUpdate(
         loss,
         optimizer,
