@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tensordict import TensorDictBase, TensorDictParams
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.utils import expand_as_right
 from torch import Tensor, nn
 from torchrl.modules import BatchRenorm1d
@@ -30,6 +30,9 @@ from nclql_torchrl.critic import EnsembleActionValue, EnsembleLevelValue, NoiseC
 from nclql_torchrl.loss import NCLQLLoss
 from nclql_torchrl.value import Level
 
+EPSILON = 1e-5
+"""Added to the variances."""
+
 
 class BatchRenorm(BatchRenorm1d):
     """TorchRL's, over the last dimension, and with a count of batches that ends at ``warmup_steps``.
@@ -37,12 +40,25 @@ class BatchRenorm(BatchRenorm1d):
     TorchRL 0.14.1 means to end it there but drops the result: from twice the warm-up on its corrections are doubled.
     """
 
+    num_batches_tracked: Tensor
+    """Batches seen in training mode, at most ``warmup_steps``."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalised, shape [*batch, num_features]."""
         normalised = super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
         if self.training:
+            # Not clamp_, which has no batching rule for torch.vmap.
             self.num_batches_tracked.copy_(self.num_batches_tracked.clamp(max=self.warmup_steps))
         return normalised
+
+
+class Renorm(NamedTuple):
+    """What :class:`BatchRenorm` is made of where it is not training, each of shape [num_critics, num_features]."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
 
 class CrossQNetwork(NoiseConditionedQNetwork):
@@ -61,7 +77,7 @@ class CrossQNetwork(NoiseConditionedQNetwork):
     ) -> None:
         super().__init__(observation_dim, action_dim, hidden_sizes, **options)
         widths = (observation_dim + action_dim, *hidden_sizes)
-        self.renorms = nn.ModuleList(BatchRenorm(width, warmup_steps=warmup_steps) for width in widths)
+        self.renorms = nn.ModuleList(BatchRenorm(width, eps=EPSILON, warmup_steps=warmup_steps) for width in widths)
         self.renorms.to(self.action_center)
 
     def forward(self, observation: Tensor, action: Tensor, level: Tensor) -> Tensor:
@@ -78,9 +94,9 @@ class CrossQNetwork(NoiseConditionedQNetwork):
         self, parameters: TensorDictParams | TensorDictBase, observation: Tensor, **options: Any
     ) -> RenormActionValue:
         """The ensemble at its running statistics, for the sampler."""
-        renorms = [parameters.get(("renorms", str(index))).detach() for index in range(len(self.renorms))]
-        epsilon = self.renorms[0].eps
-        return RenormActionValue(super().action_value(parameters, observation, **options), renorms, epsilon)
+        keys = [("renorms", str(index)) for index in range(len(self.renorms))]
+        renorms = [Renorm(*(parameters.get((*key, name)).detach() for name in Renorm._fields)) for key in keys]
+        return RenormActionValue(super().action_value(parameters, observation, **options), renorms)
 
 
 class RenormActionValue(EnsembleActionValue):
@@ -91,11 +107,10 @@ class RenormActionValue(EnsembleActionValue):
 
     Args:
         value: the ensemble without normalisation.
-        renorms: scale, shift and running statistics before each layer of the trunk, each of shape [num_critics, width].
-        epsilon: added to the variances.
+        renorms: what stands before each layer of the trunk.
     """
 
-    def __init__(self, value: EnsembleActionValue, renorms: list[TensorDictBase], epsilon: float) -> None:
+    def __init__(self, value: EnsembleActionValue, renorms: list[Renorm]) -> None:
         super().__init__(
             value.weights,
             value.observation,
@@ -106,14 +121,13 @@ class RenormActionValue(EnsembleActionValue):
             precision=value.precision,
         )
         self.renorms = renorms
-        self.epsilon = epsilon
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [*super().parameters, *(tensor for renorm in self.renorms for tensor in renorm.values())]
+        return [*super().parameters, *(tensor for renorm in self.renorms for tensor in renorm)]
 
     def at_observations(self, observations: tuple[Tensor, ...]) -> RenormActionValue:
-        return RenormActionValue(super().at_observations(observations), self.renorms, self.epsilon)
+        return RenormActionValue(super().at_observations(observations), self.renorms)
 
     def levels(self) -> Callable[[Level], EnsembleLevelValue]:
         """The landscapes, with each normalisation folded into the layer after it."""
@@ -123,10 +137,11 @@ class RenormActionValue(EnsembleActionValue):
         folded.weights = self.weights._replace(trunk=trunk)
         return folded.levels()
 
-    def _fold(self, weight: Tensor, bias: Tensor, renorm: TensorDictBase) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _fold(weight: Tensor, bias: Tensor, renorm: Renorm) -> tuple[Tensor, Tensor]:
         """Weight and bias of the layer on what is not normalised yet."""
-        scale = renorm.get("weight") / (renorm.get("running_var") + self.epsilon).sqrt()
-        shift = renorm.get("bias") - renorm.get("running_mean") * scale
+        scale = renorm.weight / (renorm.running_var + EPSILON).sqrt()
+        shift = renorm.bias - renorm.running_mean * scale
         # The level's embedding, the last inputs of the first layer, is not normalised.
         missing = weight.shape[-1] - scale.shape[-1]
         scale, shift = F.pad(scale, (0, missing), value=1.0), F.pad(shift, (0, missing))
@@ -150,7 +165,8 @@ class CrossQLoss(NCLQLLoss):
         next_tensordict = self._next(tensordict)
         next_action = self._next_action(tensordict, next_tensordict)
         keys = self.actor_network.observation_keys
-        joint = torch.cat([tensordict.select(*keys), next_tensordict.select(*keys)])
+        joint = TensorDict.cat([tensordict.select(*keys), next_tensordict.select(*keys)])
+        assert isinstance(joint, TensorDictBase)
         action = torch.cat([tensordict.get(self.tensor_keys.action), next_action])
         level = torch.full(joint.batch_size, self.sampler.schedule.num_levels - 1, device=action.device)
         with self._batch_statistics():
@@ -162,7 +178,10 @@ class CrossQLoss(NCLQLLoss):
 
     @contextmanager
     def _batch_statistics(self) -> Iterator[None]:
-        """Critics normalise by the batch, and move their running statistics."""
+        """Critics normalise by the batch, and move their running statistics.
+
+        A compiled update moves them also while it is traced: once more, or five times with a CUDA graph.
+        """
         self.qvalue_network.train()
         try:
             yield
