@@ -13,7 +13,7 @@ learn() { nice -n "${NICE:-0}" "$PYTHON" -m benchmarks.learning -m "$@"; }
 change() {
   local file=$1 name=$2
   shift 2
-  learn algorithm=nclql task="$TASK" seed=0,1,2 "algorithm.name='$name'" +algorithm.options.optim.lr=3e-4 \
+  learn algorithm="${FAMILY:-nclql}" task="$TASK" seed=0,1,2 "algorithm.name='$name'" +algorithm.options.optim.lr=3e-4 \
     "${@/#/++algorithm.options.}" output="benchmarks/results/learning/$TASK-$file.jsonl"
 }
 
@@ -28,6 +28,8 @@ case $1 in
     change options "lr 1e-3" optim.lr=1e-3
     change options "layer norm" network.layer_norm=true
     change options "summed update" optim.update=summed
+    FAMILY=nclql_quantiles change options "quantiles"
+    FAMILY=nclql_crossq change options "CrossQ"
     change options "3-step returns" optim.n_steps=3
     change options "w auto" sampler.w=auto
     change options "observation normalisation" network.normalize_observation=true
