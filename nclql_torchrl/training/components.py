@@ -99,6 +99,7 @@ def make_actor_for(
             observation_dim,
             spec.shape[-1],
             config.network.hidden_sizes,
+            layer_norm=config.network.layer_norm,
             action_low=spec.low.to(device),
             action_high=spec.high.to(device),
             device=device,

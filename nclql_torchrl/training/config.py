@@ -106,6 +106,8 @@ class NetworkConfig:
     """Units of the hidden layers."""
     num_critics: int = 2
     """Members of the ensemble."""
+    layer_norm: bool = False
+    """Layer normalisation between each hidden layer and its activation."""
 
 
 @dataclass
