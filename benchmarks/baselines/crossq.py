@@ -86,8 +86,8 @@ class CrossQNetwork(NoiseConditionedQNetwork):
         hidden = self.renorms[0](torch.cat([observation, normalised], -1))
         # It only takes as many values as there are levels: one in a batch of the TD loss, where it has no variance.
         hidden = torch.cat([hidden, self.embed_level(level)], -1)
-        for layer, renorm in zip(self.trunk[:-1], self.renorms[1:], strict=True):
-            hidden = renorm(F.mish(layer(hidden)))
+        for index, (layer, renorm) in enumerate(zip(self.trunk[:-1], self.renorms[1:], strict=True)):
+            hidden = renorm(self._activate(layer(hidden), index))
         return self.trunk[-1](hidden)
 
     def action_value(

@@ -25,7 +25,7 @@ def make(maker: Callable[..., Algorithm], **options: Any) -> Algorithm:
     algorithm = maker(PROBLEM, **{"sampler.execution": "eager"} | options)
     loss = algorithm.loss
     for name, tensor in loss.state_dict().items():
-        if "renorms" in name and tensor.is_floating_point():
+        if "norms" in name and tensor.is_floating_point():
             tensor.uniform_(0.5, 2.0)
     return algorithm
 
@@ -43,9 +43,10 @@ def transitions(num: int = 32, terminated: bool = False) -> TensorDict:
 
 
 @pytest.mark.parametrize("name", TRIALS)
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("level", [0, 9])
-def test_the_sampler_climbs_what_the_loss_trains(name: str, level: int) -> None:
-    loss = make(TRIALS[name]).loss
+def test_the_sampler_climbs_what_the_loss_trains(name: str, level: int, layer_norm: bool) -> None:
+    loss = make(TRIALS[name], **{"network.layer_norm": layer_norm}).loss
     assert isinstance(loss, QuantileLoss | CrossQLoss)
     batch = transitions(8).select("observation")
     landscape = loss.actor_network.action_value(batch, num_particles=1).at_level(level)
@@ -96,11 +97,11 @@ class TestQuantiles:
     def test_a_coin_is_two_quantiles(self) -> None:
         """Rewards of -1 or 1 at the end of every episode, at a scale where Huber's loss is mostly linear."""
         algorithm = make(
-            make_quantiles, num_quantiles=4, **{"optim.reward_scale": 5.0, "optim.lr": 1e-2, "sampler.num_levels": 1}
+            make_quantiles, num_quantiles=4, **{"optim.reward_scale": 5.0, "optim.lr": 2e-2, "sampler.num_levels": 1}
         )
         loss = algorithm.loss
         assert isinstance(loss, QuantileLoss)
-        for _ in range(150):
+        for _ in range(100):
             batch = transitions(256, terminated=True)
             batch["next", "reward"] = torch.randint(2, (256, 1)) * 2.0 - 1.0
             algorithm.update(batch)
