@@ -27,6 +27,7 @@ case $1 in
   options) # what might make it better, one at a time
     change options "lr 1e-3" optim.lr=1e-3
     change options "layer norm" network.layer_norm=true
+    change options "reward scale 1" optim.reward_scale=1.0
     change options "summed update" optim.update=summed
     FAMILY=nclql_quantiles change options "quantiles"
     FAMILY=nclql_crossq change options "CrossQ"
