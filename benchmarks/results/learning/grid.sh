@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The lines of this directory's JSON files: benchmarks/results/learning/grid.sh pendulum|inverted|reacher|tau|halfcheetah
+# The lines of this directory's JSON files: benchmarks/results/learning/grid.sh pendulum|inverted|double|reacher|swimmer|hopper|halfcheetah|tau
 # and benchmarks/results/learning/grid.sh options|ablations [TASK].
 # Finished runs are skipped, so a grid that was stopped is continued by the same command.
 cd "$(dirname "$0")/../../.." || exit
@@ -24,6 +24,9 @@ case $1 in
   inverted) for seed in 0 1 2; do learn algorithm=$ALL task=InvertedPendulum-v5 seed=$seed; done ;;
   reacher) for seed in 0 1 2; do learn algorithm=nclql,sac,nclql_best,lql,td3,sql,qsm task=Reacher-v5 seed=$seed; done ;;
   halfcheetah) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=HalfCheetah-v5 seed=$seed; done ;;
+  hopper) for seed in 0 1 2; do learn algorithm=nclql,sac,nclql_best task=Hopper-v5 seed=$seed; done ;;
+  swimmer) for seed in 0 1 2; do learn algorithm=nclql,sac,nclql_best,qsm task=Swimmer-v5 seed=$seed; done ;;
+  double) for seed in 0 1 2; do learn algorithm=nclql,sac,nclql_best,qsm task=InvertedDoublePendulum-v5 seed=$seed; done ;;
   options) # what might make it better, one at a time
     change options "lr 1e-3" optim.lr=1e-3
     change options "layer norm" network.layer_norm=true
@@ -54,5 +57,5 @@ case $1 in
     change ablations "raw gradient, w 50" sampler.normalize_gradient=false sampler.w=50
     change ablations "LQL, step 1e-3" sampler.num_levels=1 sampler.steps_per_level=20 sampler.step_lr=1e-3
     ;;
-  *) echo "expected pendulum, inverted, reacher, options, tau, halfcheetah or ablations" >&2; exit 2 ;;
+  *) echo "expected pendulum, inverted, double, reacher, swimmer, hopper, halfcheetah, tau, options or ablations" >&2; exit 2 ;;
 esac
