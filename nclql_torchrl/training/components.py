@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from tensordict import TensorDictBase
 from torch.optim import Adam
@@ -86,11 +88,15 @@ def make_actor_for(
     device: torch.device,
     loss: NCLQLLoss | None = None,
     diagnostics: bool = False,
+    network_class: Callable[..., NoiseConditionedQNetwork] = NoiseConditionedQNetwork,
 ) -> LangevinActor:
-    """:func:`make_actor` without an environment: for observations of a size and actions of a spec."""
+    """:func:`make_actor` without an environment: for observations of a size and actions of a spec.
+
+    ``network_class`` makes the critics; it is called like NoiseConditionedQNetwork.
+    """
 
     def critic() -> ValueOperator:
-        network = NoiseConditionedQNetwork(
+        network = network_class(
             observation_dim,
             spec.shape[-1],
             config.network.hidden_sizes,
@@ -132,9 +138,9 @@ def make_temperature(config: TrainConfig, actor: LangevinActor) -> AutomaticTemp
     return AutomaticTemperature(actor, config.sampler.target_spread) if config.sampler.w == "auto" else None
 
 
-def make_loss(config: TrainConfig, actor: LangevinActor) -> NCLQLLoss:
-    """The NC-LQL loss with its target networks."""
-    loss = NCLQLLoss(
+def make_loss(config: TrainConfig, actor: LangevinActor, loss_class: Callable[..., NCLQLLoss] = NCLQLLoss) -> NCLQLLoss:
+    """The NC-LQL loss with its target networks; ``loss_class`` makes it, and is called like NCLQLLoss."""
+    loss = loss_class(
         actor,
         delay_actor=config.optim.delay_actor,
         reward_scale=config.optim.reward_scale,
@@ -151,7 +157,7 @@ def make_update(config: TrainConfig, loss: NCLQLLoss, average: Average | None = 
     ``average`` is for several learners.
     """
     optimizer = Adam(loss.parameters(), lr=config.optim.lr, fused=True)
-    target_updater = SoftUpdate(loss, eps=config.optim.target_update_polyak)
+    target_updater = SoftUpdate(loss, eps=config.optim.target_update_polyak) if loss.delay_qvalue else None
     return NCLQLUpdate(
         loss,
         optimizer,

@@ -140,6 +140,7 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
     run.rewind_metrics(progress["reported_frames"])
     run.write_config(config)
     logger = RunLogger(config.logger.backend, run, progress["reported_frames"], say)
+    stack.callback(logger.close)
     frames, updates, previous_seconds = progress["frames"], progress["updates"], progress["seconds"]
     reported_frames = progress["reported_frames"]
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torchrl.record.loggers import CSVLogger
 
-from nclql_torchrl.training import RunDirectory, TrainConfig
+from nclql_torchrl.training import RunDirectory, TrainConfig, loggers, train
 from nclql_torchrl.training.loggers import RunLogger
 
 
@@ -50,6 +55,59 @@ def test_a_logger_that_cannot_be_opened_is_mentioned_and_tried_no_more(
     logger.log({"frames": 10, "q_mean": 1.0})
     logger.flush()
     assert len(said) == 1 and "The logger wandb failed (TimeoutError: no answer)" in said[0]
+
+
+class Hanging(CSVLogger):
+    """Takes one row, and returns from the second when it is let go."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__("hanging", str(directory))
+        self.steps: list[int | None] = []
+        self.hangs, self.let_go = threading.Event(), threading.Event()
+
+    def log_metrics(self, metrics: Any, step: int | None = None, **options: Any) -> Any:
+        self.steps.append(step)
+        if len(self.steps) == 2:
+            self.hangs.set()
+            self.let_go.wait()
+
+
+def test_a_service_that_hangs_stops_nothing_and_is_mentioned_once(
+    tiny_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    service = Hanging(tmp_path / "service")
+    monkeypatch.setattr(loggers, "get_logger", lambda *args, **kwargs: service)
+    monkeypatch.setattr(loggers, "PATIENCE_SECONDS", 0.5)
+    train(tiny_config("logger.backend=tensorboard", "logger.eval_interval=1000"))
+    assert service.steps == [50, 100]
+    service.let_go.set()
+    assert [row["frames"] for row in RunDirectory.open(tmp_path / "run").read_metrics()] == [50, 100, 150, 200, 240]
+    sentence = "The logger tensorboard has not answered for 0.5 s. Training goes on, and metrics.csv has every row."
+    errors = capsys.readouterr().err
+    assert errors.count(sentence) == errors.count("The logger") == 1
+
+
+def test_a_service_gets_late_what_waits_for_it_and_the_rest_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, said = Hanging(tmp_path / "service"), []
+    monkeypatch.setattr(loggers, "get_logger", lambda *args, **kwargs: service)
+    monkeypatch.setattr(loggers, "WAITING_ROWS", 3)
+    logger = RunLogger("wandb", RunDirectory.create(TrainConfig(run_dir=str(tmp_path / "run"))), 0, said.append)
+    for frames in (10, 20):
+        logger.log({"frames": frames, "q_mean": 1.0})
+    service.hangs.wait()
+    for frames in (30, 40, 50, 60, 70):
+        logger.log({"frames": frames, "q_mean": 1.0})
+    service.let_go.set()
+    while len(service.steps) < 5:
+        time.sleep(0.01)
+    logger.close()
+    assert service.steps == [10, 20, 30, 40, 50]
+    assert len(said) == 1 and "The logger wandb takes nothing any more, so that rows are dropped." in said[0]
 
 
 def test_a_logger_that_is_not_installed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
             train(config)
     assert interruption.value.exit_status == 130
     config.resume = config.run_dir
+    train(config)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_compiled_run_resumes_exactly(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    # What is compiled takes the time: one program for an update, and, as all batches are of two, one for every chain.
+    options = ("sampler.execution=compile", "optim.update=summed", "optim.batch_size=2", "network.hidden_sizes=[8]")
+    mujoco = ("env.engine=mujoco", "env.task=InvertedPendulum-v5", "logger.eval_interval=300")
+    kept = ("checkpoint.interval=200", "checkpoint.keep=3")
+    config = tiny_config(*options, *mujoco, *kept, "collector.total_frames=400", f"run_dir={tmp_path / 'whole'}")
+    train(config)
+    # As if killed in the middle: the metrics after the checkpoint are there, and the later checkpoints are not.
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for checkpoint in (tmp_path / "parts" / "checkpoints").iterdir():
+        if checkpoint.name != "checkpoint-000000000200":
+            shutil.rmtree(checkpoint)
+    config.resume = str(tmp_path / "parts")
     train(config)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
