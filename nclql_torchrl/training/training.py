@@ -36,6 +36,7 @@ from nclql_torchrl.training.components import (
     make_actor,
     make_loss,
     make_n_step,
+    make_normalizer,
     make_replay_buffer,
     make_temperature,
     make_train_env,
@@ -113,6 +114,7 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
     check_replay_fits(config.replay_buffer.size, env, loss.in_keys, device)
     replay_buffer = make_replay_buffer(config, device)
     n_step = make_n_step(config, loss)
+    normalizer = make_normalizer(config, loss, learners.average_)
     probe = make_actor(config, env, device, loss, diagnostics=True)
 
     window = MetricsWindow()
@@ -128,6 +130,7 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
         window=window,
         **({} if temperature is None else {"temperature": temperature}),
         **({} if n_step is None else {"n_step": n_step}),
+        **({} if normalizer is None else {"normalizer": normalizer}),
     )
     with learners.rank_zero_first():
         if run is None:
@@ -249,6 +252,8 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
                 # Environments refuse actions that are not finite.
                 check_finite_losses(window, updates)
                 raise TrainingError(f"{error} The last checkpoint is kept.") from error
+            if normalizer is not None:
+                normalizer.update(batch["observation"])
             transitions, done = batch.reshape(-1), batch["next", "done"]
             # On a GPU this waits for the vector step, as TorchRL's collector has just done to see whether to reset.
             # What follows waits for the numbers of ended episodes. Nothing else in this loop waits between two rows
