@@ -248,17 +248,17 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
                 # Environments refuse actions that are not finite.
                 check_finite_losses(window, updates)
                 raise TrainingError(f"{error} The last checkpoint is kept.") from error
-            transitions, done = batch.reshape(-1), batch["next", "done"]
+            transitions = batch.reshape(-1)
             # On a GPU this waits for the vector step, as TorchRL's collector has just done to see whether to reset.
-            # What follows waits for the numbers of ended episodes. Nothing else in this loop waits between two rows
-            # of metrics.csv.
+            # Nothing else in this loop waits between two rows of metrics.csv, unless a simulation is lost.
+            ended = batch["next"].select("done", "diverged", "episode_reward", "step_count").cpu()
+            done, diverged = ended["done"], ended["diverged"]
             if done.any():
-                window.add_episodes(batch["next", "episode_reward"][done], batch["next", "step_count"][done])
-                diverged = batch["next", "diverged"]
+                window.add_episodes(ended["episode_reward"][done], ended["step_count"][done])
                 lost = int(diverged.sum())
                 if lost:
                     # What a lost simulation led to is nothing to learn from.
-                    transitions = transitions[~diverged.reshape(-1)]
+                    transitions = transitions[~diverged.reshape(-1).to(transitions.device)]
                     window.add_diverged(lost)
                     check_diverged(config, window, frames, batch.numel())
             if len(transitions):
