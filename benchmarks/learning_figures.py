@@ -132,8 +132,9 @@ def table(records: Records) -> str:
         (mean,) = interquartile_mean(returns)
         digits = 1 if abs(mean) < 100 else 0
         bounds = f" [{low:.{digits}f}, {high:.{digits}f}]" if len(runs) > 1 else ""
+        final = f"{mean:.{digits}f}{bounds}"
         lines.append(
-            f"| {name} | {len(runs)} | {mean:.{digits}f}{bounds} | {excess:.1f} | {runs[0]['parameters']:,} | {one:.2f} "
+            f"| {name} | {len(runs)} | {final} | {excess:.1f} | {runs[0]['parameters']:,} | {one:.2f} "
             f"| {many:.2f} | {updates:.0f} | {seconds:.0f} |"
         )
     return "\n".join(lines)

@@ -19,20 +19,23 @@ from torchrl import timeit
 
 from nclql_torchrl.training.run_directory import write_atomically
 
-PARTS = (
+WORK = (
     "simulation",
     "acting",
-    "replay",
+    "evaluation: simulation",
+    "evaluation: acting",
     "target sampling",
     "critic update",
     "temperature",
-    "logging and evaluation",
-    "checkpoints",
 )
-"""What is told apart; the rest, the loop's and the collector's own bookkeeping and waiting, is "other"."""
+"""What a run is for: physics, chains and gradients. All other parts are overhead, and so is "other", the rest: the
+loop's own bookkeeping."""
 
 FIRST_UPDATE = 20
 """Updates before the measurement begins: the first ones compile."""
+
+PREFIX = "nclql-train/"
+"""Of the parts' names among the timers of torchrl's ``timeit``."""
 
 TRACED_UPDATES = 20
 """How many updates from there on the trace shows."""
@@ -62,6 +65,7 @@ class TimeProfile:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._open: timeit | None = None
+        self._parts: list[str] = []
         self._undo = ExitStack()
         self._trace: torch.profiler.profile | None = None
         self._started: float | None = None
@@ -69,21 +73,32 @@ class TimeProfile:
         self._updates = 0
         self._before: dict[str, float] = {}
 
-    def watch(self, owner: Any, method: str, part: str) -> None:
-        """Counts the time of ``owner.method`` as that of a part, until the profile is closed."""
+    def watch(self, owner: Any, method: str, part: str, within: str | None = None) -> None:
+        """Counts the time of ``owner.method`` as that of a part, until the profile is closed.
+
+        Args:
+            owner: a module, an object, or a class, whose objects are then all watched.
+            method: its name there.
+            part: what the time is counted as.
+            within: the part that has to call the method; called by others, the time stays theirs.
+        """
         original = getattr(owner, method)
         was_own = method in vars(owner)
-        setattr(owner, method, self._timed(original, part))
+        setattr(owner, method, self._timed(original, part, within))
+        if part not in self._parts:
+            self._parts.append(part)
         if was_own:
             self._undo.callback(setattr, owner, method, original)
         else:
             self._undo.callback(delattr, owner, method)
 
-    def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
-        name = f"nclql-train/{part}"
+    def _timed(self, function: Callable[..., Any], part: str, within: str | None) -> Callable[..., Any]:
+        name, caller = f"{PREFIX}{part}", f"{PREFIX}{within}"
 
         @wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if within is not None and (self._open is None or self._open.name != caller):
+                return function(*args, **kwargs)
             outer, self._open = self._open, timeit(name, sync=True)
             if outer is not None:
                 outer.__exit__(None, None, None)
@@ -119,12 +134,12 @@ class TimeProfile:
 
     def _totals(self) -> dict[str, float]:
         totals = timeit.todict(percall=False)
-        return {part: totals.get(f"nclql-train/{part}", 0.0) for part in PARTS}
+        return {part: totals.get(f"{PREFIX}{part}", 0.0) for part in self._parts}
 
     def summary(self) -> dict[str, Any]:
-        """Updates, seconds, and seconds and shares of the parts since the measurement began."""
+        """Updates, seconds, seconds and shares of the parts, and the share of overhead, since the measurement began."""
         if self._started is None or self._first_update is None:
-            return {"updates": 0, "seconds": 0.0, "parts": {}, "shares": {}}
+            return {"updates": 0, "seconds": 0.0, "parts": {}, "shares": {}, "overhead": 0.0}
         seconds = time.time() - self._started
         parts = {part: total - self._before[part] for part, total in self._totals().items()}
         parts["other"] = seconds - sum(parts.values())
@@ -133,6 +148,7 @@ class TimeProfile:
             "seconds": seconds,
             "parts": parts,
             "shares": {part: spent / seconds for part, spent in parts.items()},
+            "overhead": sum(spent for part, spent in parts.items() if part not in WORK) / seconds,
         }
 
     def report(self) -> str:
@@ -144,6 +160,7 @@ class TimeProfile:
             return f"profile: the run ended before update {FIRST_UPDATE}, where the measurement begins."
         lines = [f"profile of {summary['updates']} updates, {summary['seconds']:.1f} s:"]
         lines += [f"  {share:6.1%}  {part}" for part, share in sorted(summary["shares"].items(), key=lambda x: -x[1])]
+        lines.append(f"  {summary['overhead']:6.1%}  of it overhead: neither simulation, chains nor gradients")
         return "\n".join([*lines, f"  {self.directory / 'profile.json'}, trace.json"])
 
     def __enter__(self) -> TimeProfile:

@@ -6,7 +6,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from fractions import Fraction
@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDictBase
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
+from torchrl.collectors import Collector
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm
 
+from envs.engines.gymnasium import GymnasiumEnvs
 from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.loss import NCLQLLoss
 from nclql_torchrl.temperature import AutomaticTemperature
@@ -31,7 +34,7 @@ from nclql_torchrl.training.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from nclql_torchrl.training.collection import collection_metrics, collector_state, make_collector
+from nclql_torchrl.training.collection import Workers, collection_metrics, collector_state, make_collector
 from nclql_torchrl.training.components import (
     make_actor,
     make_loss,
@@ -178,7 +181,7 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
 
     profile = stack.enter_context(TimeProfile(run.path)) if config.profile else None
     if profile is not None:
-        watch(profile, env, actor, replay_buffer, loss, update, temperature)
+        watch(profile, learners, collector, env, actor, probe, replay_buffer, loss, update, temperature)
 
     stop.abandon = False
     batches = iter(collector)
@@ -247,24 +250,25 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
                 save()
                 warm = True
             try:
-                batch = next(batches)
+                batch = collect(batches)
             except ValueError as error:
                 # Environments refuse actions that are not finite.
                 check_finite_losses(window, updates)
                 raise TrainingError(f"{error} The last checkpoint is kept.") from error
             if normalizer is not None:
                 normalizer.update(batch["observation"])
-            transitions, done = batch.reshape(-1), batch["next", "done"]
+            transitions = batch.reshape(-1)
             # On a GPU this waits for the vector step, as TorchRL's collector has just done to see whether to reset.
-            # What follows waits for the numbers of ended episodes. Nothing else in this loop waits between two rows
-            # of metrics.csv.
+            # Nothing else in this loop waits between two rows of metrics.csv, unless a simulation is lost or
+            # optim.n_steps is above 1.
+            ended = batch["next"].select("done", "diverged", "episode_reward", "step_count").cpu()
+            done, diverged = ended["done"], ended["diverged"]
             if done.any():
-                window.add_episodes(batch["next", "episode_reward"][done], batch["next", "step_count"][done])
-                diverged = batch["next", "diverged"]
+                window.add_episodes(ended["episode_reward"][done], ended["step_count"][done])
                 lost = int(diverged.sum())
                 if lost:
                     # What a lost simulation led to is nothing to learn from.
-                    transitions = transitions[~diverged.reshape(-1)]
+                    transitions = transitions[~diverged.reshape(-1).to(transitions.device)]
                     window.add_diverged(lost)
                     check_diverged(config, window, frames, batch.numel())
             transitions = transitions.select(*loss.in_keys) if n_step is None else n_step(batch)
@@ -274,7 +278,9 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
             bar.update(learners.world_size * batch.numel())
         saved = save()
     if profile is not None:
-        say(profile.report())
+        table = profile.report()
+        if learners.rank == 0:
+            say(table)
 
     if learners.stop_signal is not None:
         with suppress(OSError):  # a full disk, of which save() has told
@@ -304,6 +310,11 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
     run.write_summary(summary)
     run.draw_learning_curve(config.env.task)
     return {**summary, "run_dir": str(run.path)}
+
+
+def collect(batches: Iterator[TensorDictBase]) -> TensorDictBase:
+    """The next batch; by a name, for the profile to find."""
+    return next(batches)
 
 
 def updates_due(config: TrainConfig, frames: int) -> int:
@@ -405,8 +416,11 @@ def say(sentence: str) -> None:
 
 def watch(
     profile: TimeProfile,
+    learners: Learners,
+    collector: Collector | Workers,
     env: TransformedEnv,
     actor: LangevinActor,
+    probe: LangevinActor,
     replay_buffer: TensorDictReplayBuffer,
     loss: NCLQLLoss,
     update: NCLQLUpdate,
@@ -414,21 +428,34 @@ def watch(
 ) -> None:
     """Tells a profile what of a run belongs to which part of its time."""
     here = sys.modules[__name__]
+    if isinstance(collector, Collector):
+        profile.watch(here, "collect", "collection")
+        profile.watch(env.base_env, "_step", "simulation")
+        profile.watch(env.base_env, "_reset", "simulation")
+        profile.watch(actor, "forward", "acting")
+    else:
+        profile.watch(here, "collect", "waiting for workers")
     parts = [
-        (env.base_env, "_step", "simulation"),
-        (env.base_env, "_reset", "simulation"),
-        (actor, "forward", "acting"),
         (replay_buffer, "extend", "replay"),
         (replay_buffer, "sample", "replay"),
         (loss, "draw", "target sampling"),
         (update, "learn", "critic update"),
-        (temperature, "step", "temperature"),
-        *((here, name, "logging and evaluation") for name in ("sampler_diagnostics", "run_evaluation", "report")),
-        *((here, name, "checkpoints") for name in ("save_checkpoint", "keep_best")),
+        (here, "sampler_diagnostics", "logging"),
+        (here, "report", "logging"),
+        (here, "run_evaluation", "evaluation"),
+        (here, "save_checkpoint", "checkpoints"),
+        (here, "keep_best", "checkpoints"),
     ]
     for owner, method, part in parts:
-        if owner is not None:
-            profile.watch(owner, method, part)
+        profile.watch(owner, method, part)
+    if temperature is not None:
+        profile.watch(temperature, "step", "temperature")
+    if learners.world_size > 1:
+        profile.watch(learners, "_all_reduce", "exchange between learners")
+    profile.watch(probe, "forward", "evaluation: acting", within="evaluation")
+    # A class, since every evaluation makes environments of its own.
+    for method in ("_step", "_reset"):
+        profile.watch(GymnasiumEnvs, method, "evaluation: simulation", within="evaluation")
 
 
 def describe(row: Mapping[str, float], evaluation: Evaluation | None) -> dict[str, str]:

@@ -105,11 +105,12 @@ def check_updates(mode: Any, execution: Any) -> None:
 def check_runs(directory: Path) -> None:
     """A run that one rank's SIGTERM stopped, resumed, is the run that was never stopped."""
 
-    def config(name: str) -> TrainConfig:
-        return load_config({}, [*TINY, f"run_dir={directory / name}", "sampler.w=auto", "sampler.target_spread=0.9"])
+    def config(name: str, *options: str) -> TrainConfig:
+        tuned = ("sampler.w=auto", "sampler.target_spread=0.9")
+        return load_config({}, [*TINY, f"run_dir={directory / name}", *tuned, *options])
 
     rank = os.environ["RANK"]
-    whole = train(config("whole"))
+    whole = train(config("whole", "profile=true"))
     assert (whole["frames"], whole["updates"]) == (240, 60)
 
     append = RunDirectory.append_metrics

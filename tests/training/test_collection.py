@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -110,7 +111,7 @@ def test_async_workers_deliver_everything_and_act_with_what_was_published(
 def test_an_async_run_counts_updates_exactly_stops_on_a_signal_and_goes_on(
     tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config("collector.backend=async", "sampler.w=auto", "sampler.step_lr=1e-6")
+    config = tiny_config("collector.backend=async", "sampler.w=auto", "sampler.step_lr=1e-6", "profile=true")
     append = RunDirectory.append_metrics
 
     def interrupt(run: RunDirectory, row: dict[str, float]) -> None:
@@ -130,3 +131,6 @@ def test_an_async_run_counts_updates_exactly_stops_on_a_signal_and_goes_on(
     assert [row["frames"] for row in rows] == [50, 100, 150, 200, 240]
     assert [row["updates"] for row in rows] == [3, 18, 33, 48, 60]
     assert all(row["w"] != 500.0 for row in rows[1:4])
+    # What the workers do is not this process's time.
+    parts = json.loads((tmp_path / "run" / "profile.json").read_text())["parts"]
+    assert parts["waiting for workers"] > 0.0 and not {"collection", "simulation", "acting"} & set(parts)

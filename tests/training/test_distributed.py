@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -39,6 +40,9 @@ def test_two_learners_learn_as_one_and_resume_exactly(tiny_config: Callable[...,
     assert whole == stopped
     assert whole == rows(tmp_path / "whole" / "rank-1"), "metrics are those of all ranks"
     assert all(row["w"] < 500.0 for row in whole[1:4])
+    for path in (tmp_path / "whole", tmp_path / "whole" / "rank-1"):
+        assert json.loads((path / "profile.json").read_text())["parts"]["exchange between learners"] > 0.0
+    assert process.stderr.count("profile of ") == 1
 
     config = tiny_config("collector.total_frames=300")
     config.resume = str(tmp_path / "stopped")
