@@ -34,8 +34,10 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from benchmarks.baselines.algorithm import Algorithm, Problem
+from benchmarks.baselines.crossq import make_crossq
 from benchmarks.baselines.langevin import make_langevin
 from benchmarks.baselines.qsm import make_qsm
+from benchmarks.baselines.quantiles import make_quantiles
 from benchmarks.baselines.sac import make_sac
 from benchmarks.baselines.sql import make_sql
 from benchmarks.baselines.td3 import make_td3
@@ -47,6 +49,8 @@ from nclql_torchrl.training.evaluation import SEED_OFFSET, evaluate_in
 
 FAMILIES: dict[str, Callable[..., Algorithm]] = {
     "langevin": make_langevin,
+    "quantiles": make_quantiles,
+    "crossq": make_crossq,
     "sac": make_sac,
     "td3": make_td3,
     "sql": make_sql,
@@ -168,7 +172,9 @@ def run(config: LearningConfig) -> tuple[dict[str, Any], Algorithm]:
         with training() if warm else warm_up():
             # Collect one step of every environment: random at first, then the actor that is being trained.
             batch = next(batches)
-            replay_buffer.extend(batch.select(*algorithm.loss.in_keys).reshape(-1))
+            transitions = algorithm.transitions(batch)
+            if len(transitions):
+                replay_buffer.extend(transitions)
             frames += batch.numel()
             # Learn: utd_ratio updates per transition after the random ones.
             due = math.floor(task.utd_ratio * max(0, frames - task.init_random_frames) + 1e-9)

@@ -130,9 +130,11 @@ def table(records: Records) -> str:
         updates = max(run["updates_per_cpu_second"] for run in runs)
         seconds = min(run["curve"][-1]["cpu_seconds"] for run in runs)
         (mean,) = interquartile_mean(returns)
-        bounds = f" [{low:.0f}, {high:.0f}]" if len(runs) > 1 else ""
+        digits = 1 if abs(mean) < 100 else 0
+        bounds = f" [{low:.{digits}f}, {high:.{digits}f}]" if len(runs) > 1 else ""
+        final = f"{mean:.{digits}f}{bounds}"
         lines.append(
-            f"| {name} | {len(runs)} | {mean:.0f}{bounds} | {excess:.1f} | {runs[0]['parameters']:,} | {one:.2f} "
+            f"| {name} | {len(runs)} | {final} | {excess:.1f} | {runs[0]['parameters']:,} | {one:.2f} "
             f"| {many:.2f} | {updates:.0f} | {seconds:.0f} |"
         )
     return "\n".join(lines)

@@ -46,9 +46,13 @@ def main(frames: int = 4_000, steps: int = 3, batch_size: int = 128, seed: int =
     loss.make_value_estimator(gamma=GAMMA)
     update = NCLQLUpdate(loss, torch.optim.Adam(loss.parameters(), lr=1e-3), SoftUpdate(loss, tau=0.005))
 
-    # The transform looks ahead in time, so it is given [num_envs, time]; what it stores is [num_envs, time] too.
+    # The transform looks ahead in time, so it is given [num_envs, time]; what it stores is [num_envs, time] too. By
+    # default it leaves a step's flags where they are, and a return that runs into a terminal state would bootstrap from
+    # it; without done_keys they move on with the observation.
     replay_buffer = TensorDictReplayBuffer(
-        storage=LazyTensorStorage(frames, ndim=2), batch_size=batch_size, transform=MultiStepTransform(steps, GAMMA)
+        storage=LazyTensorStorage(frames, ndim=2),
+        batch_size=batch_size,
+        transform=MultiStepTransform(steps, GAMMA, done_keys=[]),
     )
     reward, distance = 0.0, 0.0
     collector = Collector(

@@ -17,6 +17,7 @@ from nclql_torchrl.value import ActionValue, EnsembleReduction, Level, LevelValu
 
 LEVEL_EMBEDDING_DIM = 16
 LEVEL_HIDDEN_DIM = 32
+LAYER_NORM_EPSILON = 1e-5
 
 
 class NoiseConditionedQNetwork(nn.Module):
@@ -33,6 +34,8 @@ class NoiseConditionedQNetwork(nn.Module):
         observation_dim: size of the observation.
         action_dim: size of the action.
         hidden_sizes: widths of the hidden layers.
+        layer_norm: whether layer normalisation (arXiv 1607.06450), with its own scale and shift, stands between each
+            hidden layer and its mish.
         action_low: lowest action of the environment, a number or a tensor of shape [action_dim].
         action_high: highest action of the environment, likewise.
         device: where to create the parameters.
@@ -64,6 +67,7 @@ class NoiseConditionedQNetwork(nn.Module):
         action_dim: int,
         hidden_sizes: Sequence[int] = (256, 256, 256),
         *,
+        layer_norm: bool = False,
         action_low: float | Tensor = -1.0,
         action_high: float | Tensor = 1.0,
         device: torch.device | str | None = None,
@@ -94,15 +98,25 @@ class NoiseConditionedQNetwork(nn.Module):
             [linear(LEVEL_EMBEDDING_DIM, LEVEL_HIDDEN_DIM), linear(LEVEL_HIDDEN_DIM, LEVEL_EMBEDDING_DIM)]
         )
         self.trunk = nn.ModuleList([linear(inputs, outputs) for inputs, outputs in pairwise(sizes)])
+        self.layer_norm = layer_norm
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(size, LAYER_NORM_EPSILON, device=device, dtype=dtype) for size in hidden_sizes if layer_norm
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights from a normal of deviation ``1 / sqrt(fan_in)`` cut at two deviations; biases zero."""
+        """Weights from a normal of deviation ``1 / sqrt(fan_in)`` cut at two deviations; biases zero.
+
+        Layer normalisations scale by one and shift by zero.
+        """
         for layer in (*self.embed, *self.trunk):
             assert isinstance(layer, nn.Linear)
             deviation = layer.in_features**-0.5
             nn.init.trunc_normal_(layer.weight, std=deviation, a=-2.0 * deviation, b=2.0 * deviation)
             nn.init.zeros_(layer.bias)
+        for norm in self.norms:
+            assert isinstance(norm, nn.LayerNorm)
+            norm.reset_parameters()
 
     def embed_level(self, level: Tensor) -> Tensor:
         """Embedding of noise levels.
@@ -135,10 +149,14 @@ class NoiseConditionedQNetwork(nn.Module):
         observation_weight, action_weight, embedding_weight = first.weight.split(sizes, dim=-1)
         # The first layer in three parts: no gradient flows into an observation, which is most of its input.
         hidden = F.linear(observation, observation_weight, first.bias) + F.linear(normalised, action_weight)
-        hidden = F.mish(hidden + F.linear(self.embed_level(level), embedding_weight))
-        for layer in hidden_layers:
-            hidden = F.mish(layer(hidden))
+        hidden = self._activate(hidden + F.linear(self.embed_level(level), embedding_weight), 0)
+        for index, layer in enumerate(hidden_layers, start=1):
+            hidden = self._activate(layer(hidden), index)
         return last(hidden)
+
+    def _activate(self, hidden: Tensor, index: int) -> Tensor:
+        """What follows the hidden linear layer of that index."""
+        return F.mish(self.norms[index](hidden) if self.layer_norm else hidden)
 
     def action_value(
         self,
@@ -181,6 +199,9 @@ class EnsembleWeights(NamedTuple):
     trunk: list[tuple[Tensor, Tensor]]
     """Likewise of the trunk's layers."""
 
+    norms: list[tuple[Tensor, Tensor]]
+    """Scale and shift [num_critics, 1, outputs] of the trunk's layer normalisations; empty where there are none."""
+
     level_frequencies: Tensor
     """Shape [num_critics, 1, 8]."""
 
@@ -204,6 +225,7 @@ class EnsembleWeights(NamedTuple):
         return cls(
             layers("embed", len(network.embed)),
             layers("trunk", len(network.trunk)),
+            [(scale.unsqueeze(-2), shift) for scale, shift in layers("norms", len(network.norms))],
             parameters.get("level_frequencies").unsqueeze(-2),
             parameters.get("action_center").unsqueeze(-1),
             parameters.get("action_half_range").unsqueeze(-2),
@@ -257,8 +279,8 @@ class EnsembleActionValue(ActionValue):
 
     @property
     def parameters(self) -> list[Tensor]:
-        embed, trunk, *buffers = self.weights
-        return [*(tensor for layer in (*embed, *trunk) for tensor in layer), *buffers]
+        embed, trunk, norms, *buffers = self.weights
+        return [*(tensor for layer in (*embed, *trunk, *norms) for tensor in layer), *buffers]
 
     def levels(self) -> Callable[[Level], EnsembleLevelValue]:
         """The landscapes, with the observation's and the levels' share of the first layer computed here, once."""
@@ -284,12 +306,18 @@ class EnsembleActionValue(ActionValue):
             "action_weight": (action_weight * scale).to(dtype),
             "weights": [weight.to(dtype) for weight, _ in hidden],
             "biases": [bias for _, bias in hidden],
+            "norms": weights.norms,
             "output_weight": output_weight,
             "output_bias": output_bias,
             "reduction": self.reduction,
             "batch_shape": self.batch_shape,
         }
         return lambda level: EnsembleLevelValue(observation_features + entry(level_features, level, dim=1), **fixed)
+
+
+Backward = Callable[[Tensor], Tensor]
+"""Gradient with respect to what a part of the network returned -> that with respect to what it was given, both of shape
+[num_critics, batch, hidden]."""
 
 
 class EnsembleLevelValue(LevelValue):
@@ -301,6 +329,7 @@ class EnsembleLevelValue(LevelValue):
             of ``weights`` is the type of the matrix products' operands; everything else has the type of ``features``.
         weights: the other hidden layers, each [num_critics, hidden_out, hidden_in].
         biases: likewise, each [num_critics, 1, hidden_out].
+        norms: scale and shift of every hidden layer's normalisation, each [num_critics, 1, hidden]; may be empty.
         output_weight: shape [num_critics, 1, hidden].
         output_bias: shape [num_critics, 1, 1].
         reduction: how the critics are combined.
@@ -313,6 +342,7 @@ class EnsembleLevelValue(LevelValue):
         action_weight: Tensor,
         weights: list[Tensor],
         biases: list[Tensor],
+        norms: list[tuple[Tensor, Tensor]],
         output_weight: Tensor,
         output_bias: Tensor,
         reduction: EnsembleReduction,
@@ -320,7 +350,7 @@ class EnsembleLevelValue(LevelValue):
     ) -> None:
         self.features = features
         self.action_weight = action_weight
-        self.weights, self.biases = weights, biases
+        self.weights, self.biases, self.norms = weights, biases, norms
         self.output_weight, self.output_bias = output_weight, output_bias
         self.reduction: EnsembleReduction = reduction
         self.batch_shape = batch_shape
@@ -330,9 +360,9 @@ class EnsembleLevelValue(LevelValue):
 
     def heads(self, action: Tensor) -> Tensor:
         """Every critic's value, shape [num_critics, *batch]."""
-        hidden = F.mish(self._first_layer(action))
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            hidden = F.mish(_product(hidden, weight.transpose(-1, -2)) + bias)
+        hidden = F.mish(self._normalise(self._first_layer(action), 0)[0])
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True), start=1):
+            hidden = F.mish(self._normalise(_product(hidden, weight.transpose(-1, -2)) + bias, index)[0])
         values = torch.baddbmm(self.output_bias, hidden, self.output_weight.transpose(-1, -2)).squeeze(-1)
         return values.reshape(-1, *self.batch_shape)
 
@@ -343,24 +373,49 @@ class EnsembleLevelValue(LevelValue):
         automatic differentiation's bookkeeping, shares the exponential between mish and its slope, and never touches
         a parameter's gradient.
         """
-        hidden, slope = mish_with_slope(self._first_layer(action))
-        slopes = [slope]
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            hidden, slope = mish_with_slope(_product(hidden, weight.transpose(-1, -2)) + bias)
-            slopes.append(slope)
-        delta = self.output_weight * slopes[-1]
+        hidden, back = self._activate(self._first_layer(action), 0)
+        backs = [back]
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True), start=1):
+            hidden, back = self._activate(_product(hidden, weight.transpose(-1, -2)) + bias, index)
+            backs.append(back)
+        delta = backs[-1](self.output_weight)
         if self.reduction == "min":
             values = torch.baddbmm(self.output_bias, hidden, self.output_weight.transpose(-1, -2))
             lowest = values.amin(0, keepdim=True)
             is_lowest = (values == lowest).to(values.dtype)
             # Ties share the gradient, as torch.amin's own derivative does.
             delta = delta * (is_lowest / is_lowest.sum(0, keepdim=True))
-        for weight, slope in zip(reversed(self.weights), reversed(slopes[:-1]), strict=True):
-            delta = _product(delta, weight) * slope
+        for weight, back in zip(reversed(self.weights), reversed(backs[:-1]), strict=True):
+            delta = back(_product(delta, weight))
         gradient = _product(delta, self.action_weight).sum(0)
         if self.reduction == "mean":
             gradient = gradient / self.action_weight.shape[0]
         return gradient.reshape(action.shape)
+
+    def _activate(self, hidden: Tensor, index: int) -> tuple[Tensor, Backward]:
+        """What follows the linear layer of that index, and its part of the pass down."""
+        normalised, through_norm = self._normalise(hidden, index)
+        activated, slope = mish_with_slope(normalised)
+        if through_norm is None:
+            return activated, lambda delta: delta * slope
+        return activated, lambda delta: through_norm(delta * slope)
+
+    def _normalise(self, hidden: Tensor, index: int) -> tuple[Tensor, Backward | None]:
+        """Layer normalisation, and its part of the pass down; nothing where the network has none."""
+        if not self.norms:
+            return hidden, None
+        scale, shift = self.norms[index]
+        variance, mean = torch.var_mean(hidden, -1, correction=0, keepdim=True)
+        inverse_deviation = (variance + LAYER_NORM_EPSILON).rsqrt()
+        standard = (hidden - mean) * inverse_deviation
+
+        def back(delta: Tensor) -> Tensor:
+            delta = delta * scale
+            # Neither the mean of a layer nor its size reaches the output: those two directions have no gradient.
+            along = (delta * standard).mean(-1, keepdim=True)
+            return (delta - delta.mean(-1, keepdim=True) - along * standard) * inverse_deviation
+
+        return standard * scale + shift, back
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

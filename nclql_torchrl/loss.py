@@ -274,6 +274,12 @@ class NCLQLLoss(LossModule):
         last_level = self.sampler.schedule.num_levels - 1
         level = torch.full(tensordict.batch_size, last_level, device=target_value.device)
         predictions = self.ensemble_values(tensordict, tensordict.get(self.tensor_keys.action), level)
+        return self.td_loss(tensordict, predictions, target_value, next_state_value)
+
+    def td_loss(
+        self, tensordict: TensorDictBase, predictions: Tensor, target_value: Tensor, next_state_value: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What :meth:`qvalue_loss` returns, given predictions [num_critics, *batch] and targets [*batch]."""
         targets = target_value.expand_as(predictions)
         loss = distance_loss(predictions, targets, loss_function=self.loss_function).sum(0)
         loss = self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))
@@ -399,16 +405,20 @@ class NCLQLLoss(LossModule):
         particles = self.sampler(value, start, noise, start_level=start_level)
         return self.sampler.to_environment(actor.select(value, particles))
 
+    def bootstrap(self, tensordict: TensorDictBase, next_state_value: Tensor) -> Tensor:
+        """TD targets of transitions whose next states have that value, both of shape [*batch]."""
+        tensordict = tensordict.clone(False)
+        reward_key = ("next", self.tensor_keys.reward)
+        tensordict.set(reward_key, tensordict.get(reward_key) * self.reward_scale)
+        tensordict.set(("next", self.tensor_keys.value), next_state_value.unsqueeze(-1))
+        return self.value_estimator.value_estimate(tensordict).squeeze(-1)
+
     @torch.no_grad()
     def _target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """TD target and the value of the next state, shape [*batch] each."""
-        tensordict = tensordict.clone(False)
         next_tensordict = self._next(tensordict)
         next_action = self._next_action(tensordict, next_tensordict)
         level = torch.full(tensordict.batch_size, self.sampler.schedule.num_levels - 1, device=next_action.device)
         next_values = self.ensemble_values(next_tensordict, next_action, level, self.target_qvalue_network_params)
         next_state_value = next_values.amin(0)
-        reward_key = ("next", self.tensor_keys.reward)
-        tensordict.set(reward_key, tensordict.get(reward_key) * self.reward_scale)
-        tensordict.set(("next", self.tensor_keys.value), next_state_value.unsqueeze(-1))
-        return self.value_estimator.value_estimate(tensordict).squeeze(-1), next_state_value
+        return self.bootstrap(tensordict, next_state_value), next_state_value

@@ -83,7 +83,8 @@ def model_card(
         "transitions": f"{frames:,}",
         "updates per transition": config.optim.utd_ratio,
         "seed": config.seed,
-        "critics": f"{config.network.num_critics} x {config.network.hidden_sizes}",
+        "critics": f"{config.network.num_critics} x {config.network.hidden_sizes}"
+        + (" with layer normalisation" if config.network.layer_norm else ""),
         "noise levels x steps": f"{sampler.num_levels} x {sampler.steps_per_level}",
         "w": sampler.w,
         "learning rate": config.optim.lr,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -81,16 +81,32 @@ def test_mish_with_slope_matches_torch() -> None:
     assert all(part.isfinite().all() for part in mish_with_slope(x.detach().float()))
 
 
+def test_layer_norm_stands_between_every_hidden_layer_and_its_activation() -> None:
+    critic = NoiseConditionedQNetwork(3, 2, (16, 24), layer_norm=True)
+    for parameter in critic.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    observation, action, level = torch.randn(6, 3), torch.rand(6, 2) * 2 - 1, torch.arange(6)
+    hidden = torch.cat([observation, action, critic.embed_level(level)], -1)
+    for layer, norm in zip(critic.trunk[:2], critic.norms, strict=True):
+        hidden = F.mish(norm(layer(hidden)))
+    torch.testing.assert_close(critic(observation, action, level), critic.trunk[2](hidden))
+
+
+def test_layer_norm_is_absent_from_the_state_unless_it_is_asked_for() -> None:
+    plain, normalised = (set(NoiseConditionedQNetwork(3, 2, (8,), layer_norm=on).state_dict()) for on in (False, True))
+    assert normalised - plain == {"norms.0.weight", "norms.0.bias"}
+    assert plain < normalised
+
+
 @pytest.mark.parametrize("reduction", get_args(EnsembleReduction))
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("hidden_sizes", [(16,), (16, 24, 8)])
 def test_hand_written_gradient_matches_autograd_of_the_plain_forward(
-    reduction: EnsembleReduction, hidden_sizes: tuple[int, ...]
+    reduction: EnsembleReduction, hidden_sizes: tuple[int, ...], layer_norm: bool
 ) -> None:
     torch.manual_seed(1)
-    critics = [
-        NoiseConditionedQNetwork(5, 3, hidden_sizes, action_low=-2.0, action_high=1.0, dtype=torch.float64)
-        for _ in range(3)
-    ]
+    network: dict[str, Any] = {"layer_norm": layer_norm, "action_low": -2.0, "action_high": 1.0, "dtype": torch.float64}
+    critics = [NoiseConditionedQNetwork(5, 3, hidden_sizes, **network) for _ in range(3)]
     for critic in critics:
         for parameter in critic.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)

@@ -41,8 +41,11 @@ class AnyQ(nn.Module):
 def make(kind: str, **options: Any) -> LangevinActor:
     """An actor over observations of size 3 and actions of size 2 in [-2, 2], with one step per level."""
     torch.manual_seed(1)
-    if kind == "standard":
-        networks = [NoiseConditionedQNetwork(3, 2, (16, 16), action_low=-2.0, action_high=2.0) for _ in range(2)]
+    if kind != "any":
+        bounds: Any = {"action_low": -2.0, "action_high": 2.0}
+        networks = [
+            NoiseConditionedQNetwork(3, 2, (16, 16), layer_norm=kind == "layer_norm", **bounds) for _ in range(2)
+        ]
         critics = [ValueOperator(network, in_keys=IN_KEYS) for network in networks]
     else:
         critics = [TensorDictModule(AnyQ(), ["observation", "action"], ["state_action_value"]) for _ in range(2)]
@@ -68,7 +71,7 @@ def explicit(*shape: int) -> TensorDict:
     return batch
 
 
-@pytest.fixture(scope="module", params=["standard", "any"])
+@pytest.fixture(scope="module", params=["standard", "layer_norm", "any"])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[LangevinActor, LangevinActor]]:
     """An eager actor and a compiled one on the same critics; the module's tests share what it compiles."""
     eager = make(request.param)
@@ -115,7 +118,7 @@ def test_compiled_acts_inside_a_collector() -> None:
     collector.shutdown()
 
 
-@pytest.mark.parametrize("kind", ["standard", "any"])
+@pytest.mark.parametrize("kind", ["standard", "layer_norm", "any"])
 def test_bfloat16_products_stay_close(kind: str) -> None:
     actor = make(kind)
     low = like(actor, precision="bfloat16")
@@ -184,7 +187,7 @@ def test_other_observations_keep_the_critics() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["compile", "cudagraph", "auto"])
-@pytest.mark.parametrize("kind", ["standard", "any"])
+@pytest.mark.parametrize("kind", ["standard", "layer_norm", "any"])
 def test_gpu_modes_agree_with_eager(kind: str, mode: str) -> None:
     eager = make(kind).to("cuda")
     actor = like(eager, execution=mode)

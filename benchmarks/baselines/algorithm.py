@@ -69,6 +69,13 @@ class Algorithm:
     """The actor, which also writes the lowest critic's value of the action as :data:`VALUE_KEY`."""
     reward_scale: float = 1.0
     """Factor on the reward in the critic's units."""
+    prepare: Callable[[TensorDictBase], TensorDictBase] | None = None
+    """Makes of every collected batch [num_envs, time] the transitions [*], maybe none, that replay gets; by default
+    each step is one."""
+
+    def transitions(self, batch: TensorDictBase) -> TensorDictBase:
+        """What replay gets of a collected batch [num_envs, time]."""
+        return batch.select(*self.loss.in_keys).reshape(-1) if self.prepare is None else self.prepare(batch)
 
     @property
     def num_parameters(self) -> int:

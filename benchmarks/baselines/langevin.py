@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,15 @@ from omegaconf import OmegaConf
 from tensordict import TensorDictBase
 
 from benchmarks.baselines.algorithm import Algorithm, Problem
-from nclql_torchrl.training.components import make_actor_for, make_loss, make_temperature, make_update
+from nclql_torchrl.critic import NoiseConditionedQNetwork
+from nclql_torchrl.loss import NCLQLLoss
+from nclql_torchrl.training.components import (
+    make_actor_for,
+    make_loss,
+    make_n_step,
+    make_temperature,
+    make_update,
+)
 from nclql_torchrl.training.config import TrainConfig, load_config, validate
 from nclql_torchrl.training.training import TEMPERATURE_INTERVAL
 
@@ -25,10 +34,21 @@ def make_langevin(problem: Problem, **options: Any) -> Algorithm:
     Raises:
         ConfigError: for an option that does not exist or cannot work.
     """
+    return make_variant(problem, options)
+
+
+def make_variant(
+    problem: Problem,
+    options: dict[str, Any],
+    network_class: Callable[..., NoiseConditionedQNetwork] = NoiseConditionedQNetwork,
+    loss_class: Callable[..., NCLQLLoss] = NCLQLLoss,
+) -> Algorithm:
+    """:func:`make_langevin` with critics or a loss of one's own, which are called like the package's."""
     config = make_config(problem, options)
     device = torch.device("cpu")
-    actor = make_actor_for(config, problem.observation_dim, problem.action_spec, device)
-    loss = make_loss(config, actor)
+    sizes = problem.observation_dim, problem.action_spec
+    actor = make_actor_for(config, *sizes, device, network_class=network_class)
+    loss = make_loss(config, actor, loss_class)
     langevin_update = make_update(config, loss)
     temperature = make_temperature(config, actor)
     num_updates = 0
@@ -41,8 +61,8 @@ def make_langevin(problem: Problem, **options: Any) -> Algorithm:
             temperature.step(batch)
         return metrics
 
-    evaluator = make_actor_for(config, problem.observation_dim, problem.action_spec, device, loss, diagnostics=True)
-    return Algorithm(actor, loss, update, evaluator, config.optim.reward_scale)
+    evaluator = make_actor_for(config, *sizes, device, loss, diagnostics=True)
+    return Algorithm(actor, loss, update, evaluator, config.optim.reward_scale, make_n_step(config, loss))
 
 
 def make_config(problem: Problem, options: dict[str, Any]) -> TrainConfig:

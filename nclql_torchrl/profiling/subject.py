@@ -82,6 +82,7 @@ class Subject:
             self.observations.shape[-1],
             self.spec.shape[-1],
             self.hidden_sizes,
+            layer_norm=self.config.network.layer_norm,
             action_low=self.spec.low,
             action_high=self.spec.high,
             device=self.device,

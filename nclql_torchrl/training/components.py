@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from tensordict import TensorDictBase
 from torch.optim import Adam
@@ -18,6 +20,7 @@ from nclql_torchrl.loss import NCLQLLoss
 from nclql_torchrl.schedule import NoiseSchedule
 from nclql_torchrl.temperature import AutomaticTemperature
 from nclql_torchrl.training.config import ConfigError, TrainConfig
+from nclql_torchrl.training.n_step import NStepReturns
 from nclql_torchrl.update import Average, NCLQLUpdate
 
 INITIAL_W = 500.0
@@ -85,14 +88,19 @@ def make_actor_for(
     device: torch.device,
     loss: NCLQLLoss | None = None,
     diagnostics: bool = False,
+    network_class: Callable[..., NoiseConditionedQNetwork] = NoiseConditionedQNetwork,
 ) -> LangevinActor:
-    """:func:`make_actor` without an environment: for observations of a size and actions of a spec."""
+    """:func:`make_actor` without an environment: for observations of a size and actions of a spec.
+
+    ``network_class`` makes the critics; it is called like NoiseConditionedQNetwork.
+    """
 
     def critic() -> ValueOperator:
-        network = NoiseConditionedQNetwork(
+        network = network_class(
             observation_dim,
             spec.shape[-1],
             config.network.hidden_sizes,
+            layer_norm=config.network.layer_norm,
             action_low=spec.low.to(device),
             action_high=spec.high.to(device),
             device=device,
@@ -130,9 +138,9 @@ def make_temperature(config: TrainConfig, actor: LangevinActor) -> AutomaticTemp
     return AutomaticTemperature(actor, config.sampler.target_spread) if config.sampler.w == "auto" else None
 
 
-def make_loss(config: TrainConfig, actor: LangevinActor) -> NCLQLLoss:
-    """The NC-LQL loss with its target networks."""
-    loss = NCLQLLoss(
+def make_loss(config: TrainConfig, actor: LangevinActor, loss_class: Callable[..., NCLQLLoss] = NCLQLLoss) -> NCLQLLoss:
+    """The NC-LQL loss with its target networks; ``loss_class`` makes it, and is called like NCLQLLoss."""
+    loss = loss_class(
         actor,
         delay_actor=config.optim.delay_actor,
         reward_scale=config.optim.reward_scale,
@@ -149,7 +157,7 @@ def make_update(config: TrainConfig, loss: NCLQLLoss, average: Average | None = 
     ``average`` is for several learners.
     """
     optimizer = Adam(loss.parameters(), lr=config.optim.lr, fused=True)
-    target_updater = SoftUpdate(loss, eps=config.optim.target_update_polyak)
+    target_updater = SoftUpdate(loss, eps=config.optim.target_update_polyak) if loss.delay_qvalue else None
     return NCLQLUpdate(
         loss,
         optimizer,
@@ -164,6 +172,12 @@ def make_replay_buffer(config: TrainConfig, device: torch.device) -> TensorDictR
     return TensorDictReplayBuffer(
         storage=LazyTensorStorage(config.replay_buffer.size, device=device), batch_size=config.optim.batch_size
     )
+
+
+def make_n_step(config: TrainConfig, loss: NCLQLLoss) -> NStepReturns | None:
+    """What makes transitions of collected steps with ``optim.n_steps`` above 1, else None: each is one."""
+    n_steps = config.optim.n_steps
+    return None if n_steps == 1 else NStepReturns(n_steps, config.optim.gamma, loss.in_keys)
 
 
 def sample(replay_buffer: TensorDictReplayBuffer) -> TensorDictBase:

@@ -86,6 +86,8 @@ class OptimConfig:
     """Updates per collected transition (the authors: one update per vector step of 5 environments)."""
     gamma: float = 0.99
     """Discount per control step."""
+    n_steps: int = 1
+    """Rewards in a return before it bootstraps; several are those of the actions taken, however old."""
     target_update_polyak: float = 0.995
     """Share of the old target parameters kept at each update; 1 - tau."""
     reward_scale: float = 0.2
@@ -106,6 +108,8 @@ class NetworkConfig:
     """Units of the hidden layers."""
     num_critics: int = 2
     """Members of the ensemble."""
+    layer_norm: bool = False
+    """Layer normalisation between each hidden layer and its activation."""
 
 
 @dataclass
@@ -243,6 +247,7 @@ def validate(config: TrainConfig) -> None:
         "collector.weight_update_interval": config.collector.weight_update_interval,
         "replay_buffer.size": config.replay_buffer.size,
         "optim.batch_size": config.optim.batch_size,
+        "optim.n_steps": config.optim.n_steps,
         "network.num_critics": config.network.num_critics,
         "sampler.num_levels": config.sampler.num_levels,
         "sampler.steps_per_level": config.sampler.steps_per_level,
@@ -327,7 +332,17 @@ def validate(config: TrainConfig) -> None:
             f"such as {nearest}."
         )
 
-    collector = config.collector
+    collector, n_steps = config.collector, config.optim.n_steps
+    if n_steps > 1 and collector.backend != "direct":
+        raise ConfigError(
+            f"optim.n_steps is {n_steps} with collector.backend={collector.backend}, whose batches are of one worker "
+            "or another; expected 1, or collector.backend=direct."
+        )
+    if n_steps > 1 and collector.init_random_frames < n_steps * num_envs:
+        raise ConfigError(
+            f"collector.init_random_frames is {collector.init_random_frames} for each learner; expected at least "
+            f"{n_steps * num_envs} (optim.n_steps * env.num_envs), before which no return is complete."
+        )
     if collector.backend == "direct":
         for name, value, default in (("num_workers", collector.num_workers, 1), ("device", collector.device, "cpu")):
             if value != default:

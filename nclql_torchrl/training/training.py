@@ -38,6 +38,7 @@ from nclql_torchrl.training.collection import Workers, collection_metrics, colle
 from nclql_torchrl.training.components import (
     make_actor,
     make_loss,
+    make_n_step,
     make_replay_buffer,
     make_temperature,
     make_train_env,
@@ -95,6 +96,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: StopRequest) -> dict[str, Any]:
     """The run; ``stack`` ends what has to be ended, and ``stop`` knows of signals."""
     share = learners.share(config)
+    validate(share)
     run = None
     if config.resume is not None:
         run = stack.enter_context(RunDirectory.open(config.resume))
@@ -116,6 +118,7 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
     stack.callback(collector.shutdown)
     check_replay_fits(config.replay_buffer.size, env, loss.in_keys, device)
     replay_buffer = make_replay_buffer(config, device)
+    n_step = make_n_step(config, loss)
     probe = make_actor(config, env, device, loss, diagnostics=True)
 
     window = MetricsWindow()
@@ -130,6 +133,7 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
         rng=GlobalRNGState(),
         window=window,
         **({} if temperature is None else {"temperature": temperature}),
+        **({} if n_step is None else {"n_step": n_step}),
     )
     with learners.rank_zero_first():
         if run is None:
@@ -264,8 +268,9 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
                     transitions = transitions[~diverged.reshape(-1).to(transitions.device)]
                     window.add_diverged(lost)
                     check_diverged(config, window, frames, batch.numel())
+            transitions = transitions.select(*loss.in_keys) if n_step is None else n_step(batch)
             if len(transitions):
-                replay_buffer.extend(transitions.select(*loss.in_keys))
+                replay_buffer.extend(transitions)
             frames += learners.world_size * batch.numel()
             bar.update(learners.world_size * batch.numel())
         saved = save()

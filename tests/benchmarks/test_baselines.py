@@ -16,11 +16,12 @@ from benchmarks.learning import FAMILIES
 
 PROBLEM = Problem(3, Bounded(torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])), (16, 16))
 OWN_LOSSES = ("sql", "qsm")
+VARIANTS = ("langevin", "quantiles", "crossq")
 
 
 def make(family: str, problem: Problem = PROBLEM, lr: float = 3e-4) -> Algorithm:
     torch.manual_seed(0)
-    if family == "langevin":
+    if family in VARIANTS:
         return FAMILIES[family](problem, optim={"lr": lr}, sampler={"execution": "eager"})
     return FAMILIES[family](problem, lr=lr)
 

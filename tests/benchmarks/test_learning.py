@@ -38,7 +38,7 @@ def compose_config(*overrides: str) -> LearningConfig:
 def tiny(name: str) -> LearningConfig:
     """The committed algorithm on a tiny budget, without the compiler."""
     algorithm = compose_config(f"algorithm={name}").algorithm
-    if algorithm.family == "langevin":
+    if algorithm.family in ("langevin", "quantiles", "crossq"):
         algorithm.options.setdefault("sampler", {})["execution"] = "eager"
     return LearningConfig(algorithm, TASK)
 

@@ -37,6 +37,8 @@ def test_the_defaults_are_valid() -> None:
         ("sampler.sigma_min=-1", "sampler.sigma_min is -1; expected a positive"),
         ("optim.lr=nan", "optim.lr is nan; expected a positive"),
         ("optim.gamma=1.5", "optim.gamma is 1.5; expected a number in [0, 1)"),
+        ("optim.n_steps=0", "optim.n_steps is 0; expected at least 1"),
+        ("optim.n_steps=21", "init_random_frames is 40 for each learner; expected at least 42 (optim.n_steps * env."),
         ("optim.utd_ratio=-0.1", "optim.utd_ratio is -0.1; expected"),
         ("optim.batch_size=1000", "replay_buffer.size is 160, less than optim.batch_size (1000)"),
         ("collector.frames_per_batch=7", "expected a multiple of env.num_envs (2), such as 8"),
@@ -54,6 +56,11 @@ def test_an_impossible_value_is_an_error(tiny_config: Callable[..., TrainConfig]
     with pytest.raises(ConfigError, match=re.escape(message)):
         train(config)
     assert config.run_dir is not None and not Path(config.run_dir).exists()
+
+
+def test_returns_of_several_steps_need_one_stream_of_them(tiny_config: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"optim.n_steps is 3 with collector.backend=async.*expected 1, or"):
+        train(tiny_config("optim.n_steps=3", "collector.backend=async"))
 
 
 def test_ray_is_an_extra(tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:

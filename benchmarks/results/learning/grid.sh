@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every line of this directory's JSON files: benchmarks/results/learning/grid.sh pendulum|inverted|reacher|options|tau|halfcheetah|ablations
+# The lines of this directory's JSON files: benchmarks/results/learning/grid.sh pendulum|inverted|double|reacher|swimmer|hopper|halfcheetah
+# and benchmarks/results/learning/grid.sh options|ablations [TASK].
 # Finished runs are skipped, so a grid that was stopped is continued by the same command.
 cd "$(dirname "$0")/../../.." || exit
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -8,58 +9,49 @@ export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 MALLO
 
 learn() { nice -n "${NICE:-0}" "$PYTHON" -m benchmarks.learning -m "$@"; }
 
-# One setting of NC-LQL beside a learning rate of 1e-3: option NAME [section.key=value ...]
-option() {
-  local name=$1
-  shift
-  learn algorithm=nclql task=InvertedPendulum-v5 "algorithm.name='$name'" +algorithm.options.optim.lr=1e-3 \
-    "${@/#/+algorithm.options.}" output=benchmarks/results/learning/InvertedPendulum-v5-options.jsonl
-}
-
-# One change to NC-LQL with a learning rate of 3e-4: ablation NAME [section.key=value ...]
-ablation() {
-  local name=$1
-  shift
-  learn algorithm=nclql task=Reacher-v5 "algorithm.name='$name'" +algorithm.options.optim.lr=3e-4 \
-    "${@/#/+algorithm.options.}" output=benchmarks/results/learning/Reacher-v5-ablations.jsonl
+# One change to NC-LQL with a learning rate of 3e-4: change FILE NAME [section.key=value ...]
+change() {
+  local file=$1 name=$2
+  shift 2
+  learn algorithm="${FAMILY:-nclql}" task="$TASK" seed=0,1,2 "algorithm.name='$name'" +algorithm.options.optim.lr=3e-4 \
+    "${@/#/++algorithm.options.}" output="benchmarks/results/learning/$TASK-$file.jsonl"
 }
 
 ALL=sac,nclql,sql,td3,qsm,lql,nclql_best
+TASK=${2:-Reacher-v5}
 case $1 in
   pendulum) for seed in 0 1 2; do learn algorithm=$ALL task=Pendulum-v1 seed=$seed; done ;;
-  inverted) for seed in 0 1 2; do learn algorithm=$ALL task=InvertedPendulum-v5 seed=$seed; done ;;
-  reacher) for seed in 0 1 2; do learn algorithm=nclql,sac,nclql_best,lql,td3,sql,qsm task=Reacher-v5 seed=$seed; done ;;
+  inverted) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=InvertedPendulum-v5 seed=$seed; done ;;
+  reacher) for seed in 0 1 2; do learn algorithm=$ALL task=Reacher-v5 seed=$seed; done ;;
   halfcheetah) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=HalfCheetah-v5 seed=$seed; done ;;
-  options)
-    option "lr 1e-3"
-    option "raw gradient, w 50" sampler.normalize_gradient=false sampler.w=50
-    option "w auto" sampler.w=auto
-    option "w 50" sampler.w=50
-    option "reward scale 1" optim.reward_scale=1.0
-    option "summed update" optim.update=summed
-    option "raw gradient, w 500" sampler.normalize_gradient=false
-    option "sigma_max 0.03, 8 levels" sampler.sigma_max=0.03 sampler.num_levels=8
-    option "gradient of the lowest critic" sampler.ensemble_reduction=min
-    ;;
-  tau) # target networks that follow four times as fast
-    learn algorithm=nclql,sac,nclql_best task=InvertedPendulum-v5 task.tau=0.02 \
-      output=benchmarks/results/learning/InvertedPendulum-v5-tau.jsonl
+  hopper) for seed in 0 1 2; do learn algorithm=nclql,sac,nclql_best task=Hopper-v5 seed=$seed; done ;;
+  swimmer) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=Swimmer-v5 seed=$seed; done ;;
+  double) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=InvertedDoublePendulum-v5 seed=$seed; done ;;
+  options) # what might make it better, one at a time
+    change options "lr 1e-3" optim.lr=1e-3
+    change options "layer norm" network.layer_norm=true
+    change options "reward scale 1" optim.reward_scale=1.0
+    change options "summed update" optim.update=summed
+    FAMILY=nclql_quantiles change options "quantiles"
+    FAMILY=nclql_crossq change options "CrossQ"
+    change options "3-step returns" optim.n_steps=3
+    change options "w auto" sampler.w=auto
+    change options "observation normalisation" network.normalize_observation=true
+    change options "best of 8 when evaluating" sampler.deterministic_num_particles=8
     ;;
   ablations) # every schedule can mix: at least 0.5 (sigma_l / sigma_(l+1))^2 steps per level
-    ablation "10 x 2"
-    ablation "5 levels x 2" sampler.num_levels=5 sampler.sigma_max=0.01
-    ablation "20 levels x 2" sampler.num_levels=20
-    ablation "10 x 1" sampler.steps_per_level=1 sampler.sigma_max=0.02
-    ablation "10 x 4" sampler.steps_per_level=4
-    ablation "sigma_max 0.3" sampler.sigma_max=0.3 sampler.num_levels=13
-    ablation "sigma_max 0.03" sampler.sigma_max=0.03
-    ablation "w 50" sampler.w=50
-    ablation "w 5000" sampler.w=5000
-    ablation "raw gradient" sampler.normalize_gradient=false
-    ablation "raw gradient, w 50" sampler.normalize_gradient=false sampler.w=50
-    ablation "LQL, step 1e-3" sampler.num_levels=1 sampler.steps_per_level=20 sampler.step_lr=1e-3
-    ablation "summed update" optim.update=summed
-    ablation "8 particles when evaluating" sampler.deterministic_num_particles=8
+    change ablations "10 x 2"
+    change ablations "5 levels x 2" sampler.num_levels=5 sampler.sigma_max=0.01
+    change ablations "20 levels x 2" sampler.num_levels=20
+    change ablations "10 x 1" sampler.steps_per_level=1 sampler.sigma_max=0.02
+    change ablations "10 x 4" sampler.steps_per_level=4
+    change ablations "sigma_max 0.3" sampler.sigma_max=0.3 sampler.num_levels=13
+    change ablations "sigma_max 0.03" sampler.sigma_max=0.03
+    change ablations "w 50" sampler.w=50
+    change ablations "w 5000" sampler.w=5000
+    change ablations "raw gradient" sampler.normalize_gradient=false
+    change ablations "raw gradient, w 50" sampler.normalize_gradient=false sampler.w=50
+    change ablations "LQL, step 1e-3" sampler.num_levels=1 sampler.steps_per_level=20 sampler.step_lr=1e-3
     ;;
-  *) echo "expected pendulum, inverted, reacher, options, tau, halfcheetah or ablations" >&2; exit 2 ;;
+  *) echo "expected pendulum, inverted, double, reacher, swimmer, hopper, halfcheetah, options or ablations" >&2; exit 2 ;;
 esac
