@@ -61,6 +61,9 @@ from nclql_torchrl.update import NCLQLUpdate
 TEMPERATURE_INTERVAL = 10
 """Updates between two corrections of w: the critics change little in between, and chains are what costs."""
 
+ENDED_KEYS = [("next", name) for name in ("done", "diverged", "episode_reward", "step_count")]
+"""What the loop has to know of every batch."""
+
 
 class TrainingError(RuntimeError):
     """The run cannot go on; its last checkpoint is kept."""
@@ -261,10 +264,10 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
             # On a GPU this waits for the vector step, as TorchRL's collector has just done to see whether to reset.
             # Nothing else in this loop waits between two rows of metrics.csv, unless a simulation is lost or
             # optim.n_steps is above 1.
-            ended = batch["next"].select("done", "diverged", "episode_reward", "step_count").cpu()
-            done, diverged = ended["done"], ended["diverged"]
+            ended = batch.select(*ENDED_KEYS).cpu()
+            done, diverged = ended["next", "done"], ended["next", "diverged"]
             if done.any():
-                window.add_episodes(ended["episode_reward"][done], ended["step_count"][done])
+                window.add_episodes(ended["next", "episode_reward"][done], ended["next", "step_count"][done])
                 lost = int(diverged.sum())
                 if lost:
                     # What a lost simulation led to is nothing to learn from.
