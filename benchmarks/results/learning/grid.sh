@@ -40,19 +40,19 @@ case $1 in
     change options "observation normalisation" network.normalize_observation=true
     change options "best of 8 when evaluating" sampler.deterministic_num_particles=8
     ;;
-  ablations) # every schedule can mix: at least 0.5 (sigma_l / sigma_(l+1))^2 steps per level
-    change ablations "10 x 2"
+  ablations) # of "lr 3e-4" in the options, which is 10 levels of 2 steps. Every schedule can mix: at least
+    # 0.5 (sigma_l / sigma_(l+1))^2 steps per level.
+    change ablations "w 50" sampler.w=50
+    change ablations "raw gradient" sampler.normalize_gradient=false
+    change ablations "LQL, step 1e-3" sampler.num_levels=1 sampler.steps_per_level=20 sampler.step_lr=1e-3
     change ablations "5 levels x 2" sampler.num_levels=5 sampler.sigma_max=0.01
-    change ablations "20 levels x 2" sampler.num_levels=20
-    change ablations "10 x 1" sampler.steps_per_level=1 sampler.sigma_max=0.02
     change ablations "10 x 4" sampler.steps_per_level=4
     change ablations "sigma_max 0.3" sampler.sigma_max=0.3 sampler.num_levels=13
-    change ablations "sigma_max 0.03" sampler.sigma_max=0.03
-    change ablations "w 50" sampler.w=50
     change ablations "w 5000" sampler.w=5000
-    change ablations "raw gradient" sampler.normalize_gradient=false
+    change ablations "sigma_max 0.03" sampler.sigma_max=0.03
+    change ablations "10 x 1" sampler.steps_per_level=1 sampler.sigma_max=0.02
+    change ablations "20 levels x 2" sampler.num_levels=20
     change ablations "raw gradient, w 50" sampler.normalize_gradient=false sampler.w=50
-    change ablations "LQL, step 1e-3" sampler.num_levels=1 sampler.steps_per_level=20 sampler.step_lr=1e-3
     ;;
   *) echo "expected pendulum, inverted, double, reacher, swimmer, hopper, halfcheetah, options or ablations" >&2; exit 2 ;;
 esac
