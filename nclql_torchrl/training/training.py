@@ -262,8 +262,7 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
                 normalizer.update(batch["observation"])
             transitions = batch.reshape(-1)
             # On a GPU this waits for the vector step, as TorchRL's collector has just done to see whether to reset.
-            # Nothing else in this loop waits between two rows of metrics.csv, unless a simulation is lost or
-            # optim.n_steps is above 1.
+            # Nothing else here waits between two rows of metrics.csv, but with lost simulations or n_steps above 1.
             ended = batch.select(*ENDED_KEYS).cpu()
             done, diverged = ended["next", "done"], ended["next", "diverged"]
             if done.any():

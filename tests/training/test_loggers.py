@@ -90,6 +90,27 @@ def test_a_service_that_hangs_stops_nothing_and_is_mentioned_once(
     assert errors.count(sentence) == errors.count("The logger") == 1
 
 
+def test_a_service_that_hangs_while_it_is_opened_gets_its_rows_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, said, let_go = Hanging(tmp_path / "service"), [], threading.Event()
+
+    def open_late(*args: object, **kwargs: object) -> Hanging:
+        let_go.wait()
+        return service
+
+    monkeypatch.setattr(loggers, "get_logger", open_late)
+    monkeypatch.setattr(loggers, "OPENING_SECONDS", 0.1)
+    logger = RunLogger("wandb", RunDirectory.create(TrainConfig(run_dir=str(tmp_path / "run"))), 0, said.append)
+    logger.log({"frames": 10, "q_mean": 1.0})
+    assert len(said) == 1 and "The logger wandb has not answered for 0.1 s." in said[0]
+    let_go.set()
+    while not service.steps:
+        time.sleep(0.01)
+    logger.close()
+    assert service.steps == [10] and len(said) == 1
+
+
 def test_a_service_gets_late_what_waits_for_it_and_the_rest_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

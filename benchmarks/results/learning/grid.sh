@@ -28,6 +28,7 @@ case $1 in
   swimmer) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=Swimmer-v5 seed=$seed; done ;;
   double) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=InvertedDoublePendulum-v5 seed=$seed; done ;;
   options) # what might make it better, one at a time
+    change options "lr 3e-4"
     change options "lr 1e-3" optim.lr=1e-3
     change options "layer norm" network.layer_norm=true
     change options "reward scale 1" optim.reward_scale=1.0
