@@ -18,6 +18,7 @@ from nclql_torchrl.value import ActionValue, EnsembleReduction, Level, LevelValu
 LEVEL_EMBEDDING_DIM = 16
 LEVEL_HIDDEN_DIM = 32
 LAYER_NORM_EPSILON = 1e-5
+OBSERVATION_LIMIT = 10.0
 
 
 class NoiseConditionedQNetwork(nn.Module):
@@ -36,6 +37,9 @@ class NoiseConditionedQNetwork(nn.Module):
         hidden_sizes: widths of the hidden layers.
         layer_norm: whether layer normalisation (arXiv 1607.06450), with its own scale and shift, stands between each
             hidden layer and its mish.
+        normalize_observation: whether observations are normalised by the buffers ``observation_mean`` and
+            ``observation_deviation``, which whoever trains sets, and clipped to 10 deviations: what has hardly varied
+            so far is a huge number when it first does. It costs nothing per Langevin step.
         action_low: lowest action of the environment, a number or a tensor of shape [action_dim].
         action_high: highest action of the environment, likewise.
         device: where to create the parameters.
@@ -61,6 +65,12 @@ class NoiseConditionedQNetwork(nn.Module):
     level_frequencies: Tensor
     """Frequencies of the level embedding, shape [8]."""
 
+    observation_mean: Tensor
+    """With ``normalize_observation``: shape [observation_dim], zeros at first."""
+
+    observation_deviation: Tensor
+    """Likewise, ones at first."""
+
     def __init__(
         self,
         observation_dim: int,
@@ -68,6 +78,7 @@ class NoiseConditionedQNetwork(nn.Module):
         hidden_sizes: Sequence[int] = (256, 256, 256),
         *,
         layer_norm: bool = False,
+        normalize_observation: bool = False,
         action_low: float | Tensor = -1.0,
         action_high: float | Tensor = 1.0,
         device: torch.device | str | None = None,
@@ -89,6 +100,10 @@ class NoiseConditionedQNetwork(nn.Module):
         half = LEVEL_EMBEDDING_DIM // 2
         frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
         self.register_buffer("level_frequencies", frequencies.to(device, dtype or torch.get_default_dtype()))
+        self.normalize_observation = normalize_observation
+        if normalize_observation:
+            self.register_buffer("observation_mean", torch.zeros(observation_dim, device=device, dtype=dtype))
+            self.register_buffer("observation_deviation", torch.ones(observation_dim, device=device, dtype=dtype))
         sizes = (observation_dim + action_dim + LEVEL_EMBEDDING_DIM, *hidden_sizes, 1)
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -142,6 +157,8 @@ class NoiseConditionedQNetwork(nn.Module):
         Returns:
             Value, shape [*batch, 1].
         """
+        if self.normalize_observation:
+            observation = normalise(observation, self.observation_mean, self.observation_deviation)
         normalised = (action - self.action_center) / self.action_half_range
         first, *hidden_layers, last = self.trunk
         assert isinstance(first, nn.Linear)
@@ -190,6 +207,11 @@ class NoiseConditionedQNetwork(nn.Module):
         )
 
 
+def normalise(observation: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Observations in deviations from the mean, clipped; shapes [*batch, observation_dim], or broadcastable to it."""
+    return ((observation - mean) / deviation).clamp(-OBSERVATION_LIMIT, OBSERVATION_LIMIT)
+
+
 class EnsembleWeights(NamedTuple):
     """What :class:`EnsembleActionValue` reads of an ensemble: views of the live parameters, [num_critics, ...] each."""
 
@@ -201,6 +223,9 @@ class EnsembleWeights(NamedTuple):
 
     norms: list[tuple[Tensor, Tensor]]
     """Scale and shift [num_critics, 1, outputs] of the trunk's layer normalisations; empty where there are none."""
+
+    statistics: tuple[Tensor, Tensor] | tuple[()]
+    """Mean and deviation [num_critics, 1, observation_dim] of the observations; empty where they are not normalised."""
 
     level_frequencies: Tensor
     """Shape [num_critics, 1, 8]."""
@@ -222,10 +247,15 @@ class EnsembleWeights(NamedTuple):
                 for key in keys
             ]
 
+        statistics: tuple[Tensor, Tensor] | tuple[()] = ()
+        if network.normalize_observation:
+            mean, deviation = parameters.get("observation_mean"), parameters.get("observation_deviation")
+            statistics = (mean.unsqueeze(-2), deviation.unsqueeze(-2))
         return cls(
             layers("embed", len(network.embed)),
             layers("trunk", len(network.trunk)),
             [(scale.unsqueeze(-2), shift) for scale, shift in layers("norms", len(network.norms))],
+            statistics,
             parameters.get("level_frequencies").unsqueeze(-2),
             parameters.get("action_center").unsqueeze(-1),
             parameters.get("action_half_range").unsqueeze(-2),
@@ -279,8 +309,8 @@ class EnsembleActionValue(ActionValue):
 
     @property
     def parameters(self) -> list[Tensor]:
-        embed, trunk, norms, *buffers = self.weights
-        return [*(tensor for layer in (*embed, *trunk, *norms) for tensor in layer), *buffers]
+        embed, trunk, norms, statistics, *buffers = self.weights
+        return [*(tensor for layer in (*embed, *trunk, *norms, statistics) for tensor in layer), *buffers]
 
     def levels(self) -> Callable[[Level], EnsembleLevelValue]:
         """The landscapes, with the observation's and the levels' share of the first layer computed here, once."""
@@ -292,7 +322,10 @@ class EnsembleActionValue(ActionValue):
         scale = self.action_half_range.to(first) / weights.action_half_range
         shift = (self.action_center.to(first).unsqueeze(-1) - weights.action_center) / weights.action_half_range.mT
         bias = first_bias + (action_weight @ shift).mT
-        observation_features = self.observation.reshape(-1, split[0]) @ observation_weight.mT + bias
+        observation = self.observation.reshape(-1, split[0])
+        if weights.statistics:
+            observation = normalise(observation, *weights.statistics)
+        observation_features = observation @ observation_weight.mT + bias
 
         angle = torch.arange(self.num_levels, device=self.device).unsqueeze(-1) * weights.level_frequencies
         embedding = torch.cat([angle.sin(), angle.cos()], -1) / LEVEL_EMBEDDING_DIM**0.5

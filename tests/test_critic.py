@@ -98,18 +98,35 @@ def test_layer_norm_is_absent_from_the_state_unless_it_is_asked_for() -> None:
     assert plain < normalised
 
 
+def test_observations_are_normalised_and_clipped_inside() -> None:
+    critic, plain = (NoiseConditionedQNetwork(3, 2, (16,), normalize_observation=on) for on in (True, False))
+    assert not plain.load_state_dict(critic.state_dict(), strict=False).missing_keys
+    observation, action, level = torch.randn(6, 3), torch.rand(6, 2) * 2 - 1, torch.arange(6)
+    assert torch.equal(critic(observation, action, level), plain(observation, action, level)), "the identity at first"
+    critic.observation_mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    critic.observation_deviation.copy_(torch.tensor([1e-4, 2.0, 0.5]))
+    normalised = (observation - critic.observation_mean) / critic.observation_deviation
+    assert normalised[:, 0].abs().min() > 10.0
+    torch.testing.assert_close(critic(observation, action, level), plain(normalised.clamp(-10, 10), action, level))
+
+
 @pytest.mark.parametrize("reduction", get_args(EnsembleReduction))
-@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("option", [None, "layer_norm", "normalize_observation"])
 @pytest.mark.parametrize("hidden_sizes", [(16,), (16, 24, 8)])
 def test_hand_written_gradient_matches_autograd_of_the_plain_forward(
-    reduction: EnsembleReduction, hidden_sizes: tuple[int, ...], layer_norm: bool
+    reduction: EnsembleReduction, hidden_sizes: tuple[int, ...], option: str | None
 ) -> None:
     torch.manual_seed(1)
-    network: dict[str, Any] = {"layer_norm": layer_norm, "action_low": -2.0, "action_high": 1.0, "dtype": torch.float64}
+    network: dict[str, Any] = {"action_low": -2.0, "action_high": 1.0, "dtype": torch.float64}
+    if option is not None:
+        network[option] = True
     critics = [NoiseConditionedQNetwork(5, 3, hidden_sizes, **network) for _ in range(3)]
     for critic in critics:
         for parameter in critic.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
+        if option == "normalize_observation":
+            critic.observation_mean.normal_()
+            critic.observation_deviation.uniform_(0.1, 2.0)
     modules = [ValueOperator(critic, in_keys=IN_KEYS) for critic in critics]
     params = TensorDict.from_modules(*modules, as_module=True)
     observation = torch.randn(2, 7, 5, dtype=torch.float64)

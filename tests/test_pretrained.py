@@ -24,9 +24,9 @@ from nclql_torchrl.pretrained import CARD, CONFIG, WEIGHTS, NCLQLAgent, Pretrain
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 0.5])
 
 
-def make_agent(layer_norm: bool = False, **sampler: Any) -> NCLQLAgent:
+def make_agent(normalised: bool = False, **sampler: Any) -> NCLQLAgent:
     """An untrained agent with observations of size 3."""
-    network = NetworkConfig(hidden_sizes=[8, 8], layer_norm=layer_norm)
+    network = NetworkConfig(hidden_sizes=[8, 8], layer_norm=normalised, normalize_observation=normalised)
     config = TrainConfig(network=network, sampler=SamplerConfig(**sampler))
     config.run_dir = "/home/somebody/run"
     return NCLQLAgent(config, 3, LOW, HIGH)
@@ -39,8 +39,9 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_what_is_loaded_acts_as_what_was_saved(tmp_path: Path) -> None:
-    agent = make_agent(layer_norm=True, w="auto")
-    agent.actor.qvalue_network_params["module", "norms", "0", "weight"].data.fill_(0.5)
+    agent = make_agent(normalised=True, w="auto")
+    for name in (("norms", "0", "weight"), "observation_mean"):
+        agent.actor.qvalue_network_params["module"].get(name).data.fill_(0.5)
     agent.actor.sampler.w.fill_(37.5)  # as tuned in training
     loaded = NCLQLAgent.from_pretrained(agent.save_pretrained(tmp_path / "agent", card=""))
     assert float(loaded.actor.sampler.w) == 37.5

@@ -26,7 +26,7 @@ from torchrl.modules import BatchRenorm1d
 from benchmarks.baselines.algorithm import Algorithm, Problem
 from benchmarks.baselines.langevin import make_variant
 from nclql_torchrl.actor import LangevinActor
-from nclql_torchrl.critic import EnsembleActionValue, EnsembleLevelValue, NoiseConditionedQNetwork
+from nclql_torchrl.critic import EnsembleActionValue, EnsembleLevelValue, NoiseConditionedQNetwork, normalise
 from nclql_torchrl.loss import NCLQLLoss
 from nclql_torchrl.value import Level
 
@@ -82,6 +82,8 @@ class CrossQNetwork(NoiseConditionedQNetwork):
 
     def forward(self, observation: Tensor, action: Tensor, level: Tensor) -> Tensor:
         """Value, shape [*batch, 1]."""
+        if self.normalize_observation:
+            observation = normalise(observation, self.observation_mean, self.observation_deviation)
         normalised = (action - self.action_center) / self.action_half_range
         hidden = self.renorms[0](torch.cat([observation, normalised], -1))
         # It only takes as many values as there are levels: one in a batch of the TD loss, where it has no variance.

@@ -16,6 +16,7 @@ from nclql_torchrl.training.components import (
     make_actor_for,
     make_loss,
     make_n_step,
+    make_normalizer,
     make_temperature,
     make_update,
 )
@@ -51,7 +52,13 @@ def make_variant(
     loss = make_loss(config, actor, loss_class)
     langevin_update = make_update(config, loss)
     temperature = make_temperature(config, actor)
+    n_step, normalizer = make_n_step(config, loss), make_normalizer(config, loss)
     num_updates = 0
+
+    def prepare(batch: TensorDictBase) -> TensorDictBase:
+        if normalizer is not None:
+            normalizer.update(batch["observation"])
+        return batch.select(*loss.in_keys).reshape(-1) if n_step is None else n_step(batch)
 
     def update(batch: TensorDictBase) -> TensorDictBase:
         nonlocal num_updates
@@ -62,7 +69,7 @@ def make_variant(
         return metrics
 
     evaluator = make_actor_for(config, *sizes, device, loss, diagnostics=True)
-    return Algorithm(actor, loss, update, evaluator, config.optim.reward_scale, make_n_step(config, loss))
+    return Algorithm(actor, loss, update, evaluator, config.optim.reward_scale, prepare)
 
 
 def make_config(problem: Problem, options: dict[str, Any]) -> TrainConfig:

@@ -83,6 +83,7 @@ class Subject:
             self.spec.shape[-1],
             self.hidden_sizes,
             layer_norm=self.config.network.layer_norm,
+            normalize_observation=self.config.network.normalize_observation,
             action_low=self.spec.low,
             action_high=self.spec.high,
             device=self.device,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 from torch.optim import Adam
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEnv
@@ -21,6 +22,7 @@ from nclql_torchrl.schedule import NoiseSchedule
 from nclql_torchrl.temperature import AutomaticTemperature
 from nclql_torchrl.training.config import ConfigError, TrainConfig
 from nclql_torchrl.training.n_step import NStepReturns
+from nclql_torchrl.training.normalization import ObservationNormalizer
 from nclql_torchrl.update import Average, NCLQLUpdate
 
 INITIAL_W = 500.0
@@ -101,6 +103,7 @@ def make_actor_for(
             spec.shape[-1],
             config.network.hidden_sizes,
             layer_norm=config.network.layer_norm,
+            normalize_observation=config.network.normalize_observation,
             action_low=spec.low.to(device),
             action_high=spec.high.to(device),
             device=device,
@@ -178,6 +181,16 @@ def make_n_step(config: TrainConfig, loss: NCLQLLoss) -> NStepReturns | None:
     """What makes transitions of collected steps with ``optim.n_steps`` above 1, else None: each is one."""
     n_steps = config.optim.n_steps
     return None if n_steps == 1 else NStepReturns(n_steps, config.optim.gamma, loss.in_keys)
+
+
+def make_normalizer(
+    config: TrainConfig, loss: NCLQLLoss, average: Callable[[Tensor], None] | None = None
+) -> ObservationNormalizer | None:
+    """What keeps the statistics of observations with ``network.normalize_observation``, else None.
+
+    ``average`` is for several learners.
+    """
+    return ObservationNormalizer(loss, average) if config.network.normalize_observation else None
 
 
 def sample(replay_buffer: TensorDictReplayBuffer) -> TensorDictBase:

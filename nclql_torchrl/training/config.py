@@ -110,6 +110,8 @@ class NetworkConfig:
     """Members of the ensemble."""
     layer_norm: bool = False
     """Layer normalisation between each hidden layer and its activation."""
+    normalize_observation: bool = False
+    """Normalise observations by the mean and deviation of all that were collected."""
 
 
 @dataclass

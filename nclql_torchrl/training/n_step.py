@@ -18,7 +18,8 @@ class NStepReturns:
 
     A transition becomes: its observation and action, the discounted sum of its n next rewards, and the observation and
     flags n steps on, or at the end of the episode if that is sooner. It is complete when n more steps were collected;
-    the steps that wait for theirs are this object's state.
+    the steps that wait for theirs are this object's state. Each call waits for a GPU, twice: for TorchRL's count of
+    episodes, and for that of what is left out.
 
     Args:
         n_steps: rewards in a return.

@@ -39,6 +39,7 @@ from nclql_torchrl.training.components import (
     make_actor,
     make_loss,
     make_n_step,
+    make_normalizer,
     make_replay_buffer,
     make_temperature,
     make_train_env,
@@ -119,6 +120,7 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
     check_replay_fits(config.replay_buffer.size, env, loss.in_keys, device)
     replay_buffer = make_replay_buffer(config, device)
     n_step = make_n_step(config, loss)
+    normalizer = make_normalizer(config, loss, learners.average_)
     probe = make_actor(config, env, device, loss, diagnostics=True)
 
     window = MetricsWindow()
@@ -134,6 +136,7 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
         window=window,
         **({} if temperature is None else {"temperature": temperature}),
         **({} if n_step is None else {"n_step": n_step}),
+        **({} if normalizer is None else {"normalizer": normalizer}),
     )
     with learners.rank_zero_first():
         if run is None:
@@ -255,9 +258,12 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
                 # Environments refuse actions that are not finite.
                 check_finite_losses(window, updates)
                 raise TrainingError(f"{error} The last checkpoint is kept.") from error
+            if normalizer is not None:
+                normalizer.update(batch["observation"])
             transitions = batch.reshape(-1)
             # On a GPU this waits for the vector step, as TorchRL's collector has just done to see whether to reset.
-            # Nothing else here waits between two rows of metrics.csv, but with lost simulations or n_steps above 1.
+            # Nothing else in this loop waits between two rows of metrics.csv, unless a simulation is lost or
+            # optim.n_steps is above 1.
             ended = batch.select(*ENDED_KEYS).cpu()
             done, diverged = ended["next", "done"], ended["next", "diverged"]
             if done.any():

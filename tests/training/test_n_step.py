@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_a_return_ends_after_n_steps_or_with_its_episode(
     batches = [n_step(batch) for batch in steps.split(list(sizes), dim=1)]
     # The three newest steps of every environment wait.
     assert sum(len(batch) for batch in batches) == NUM_ENVS * (TIME - 3)
-    transitions = TensorDict.cat([batch for batch in batches if len(batch)])
+    transitions: Any = TensorDict.cat([batch for batch in batches if len(batch)])
     _, metadata = loss.qvalue_loss(transitions)
     following, action = transitions.get("next"), transitions["action"]
     distance = transitions[STEPS_KEY].tolist()

@@ -74,7 +74,12 @@ def test_the_same_seed_gives_the_same_run(tiny_config: Callable[..., TrainConfig
 
 ENGINES = {
     "gymnasium": (),
-    "carried": ("sampler.w=auto", "sampler.warm_start=true", "sampler.start_level=1"),
+    "carried": (
+        "network.normalize_observation=true",
+        "sampler.w=auto",
+        "sampler.warm_start=true",
+        "sampler.start_level=1",
+    ),
     "mujoco": ("env.engine=mujoco", "env.task=InvertedPendulum-v5", "optim.n_steps=3"),
 }
 

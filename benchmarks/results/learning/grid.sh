@@ -21,13 +21,14 @@ ALL=sac,nclql,sql,td3,qsm,lql,nclql_best
 TASK=${2:-Reacher-v5}
 case $1 in
   pendulum) for seed in 0 1 2; do learn algorithm=$ALL task=Pendulum-v1 seed=$seed; done ;;
-  inverted) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=InvertedPendulum-v5 seed=$seed; done ;;
+  inverted) for seed in 0 1 2; do learn algorithm=sac,nclql,nclql_best task=InvertedPendulum-v5 seed=$seed; done ;;
   reacher) for seed in 0 1 2; do learn algorithm=$ALL task=Reacher-v5 seed=$seed; done ;;
-  halfcheetah) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=HalfCheetah-v5 seed=$seed; done ;;
+  halfcheetah) for seed in 0 1 2; do learn algorithm=sac,nclql_best task=HalfCheetah-v5 seed=$seed; done ;;
   hopper) for seed in 0 1 2; do learn algorithm=nclql,sac,nclql_best task=Hopper-v5 seed=$seed; done ;;
   swimmer) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=Swimmer-v5 seed=$seed; done ;;
   double) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=InvertedDoublePendulum-v5 seed=$seed; done ;;
   options) # what might make it better, one at a time
+    change options "lr 3e-4"
     change options "lr 1e-3" optim.lr=1e-3
     change options "layer norm" network.layer_norm=true
     change options "reward scale 1" optim.reward_scale=1.0
