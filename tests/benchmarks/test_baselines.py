@@ -192,3 +192,16 @@ def test_stein_moves_particles_to_the_density() -> None:
     # 64 particles of a normal: the standard error of the mean is 0.125.
     assert abs(float(particles.mean())) < 0.25
     assert 0.7 < float(particles.std()) < 1.3
+
+
+def test_what_the_training_loop_does_with_batches_is_done_here_too() -> None:
+    options = {"optim.n_steps": 3, "network.normalize_observation": True, "sampler.execution": "eager"}
+    algorithm = FAMILIES["langevin"](PROBLEM, **options)
+    batch = transitions(5).unsqueeze(0)
+    batch["next", "done"][:] = False
+    replayed = algorithm.transitions(batch)
+    # Five steps, three of which wait for more.
+    assert replayed["steps_to_next_obs"].tolist() == [3, 3]
+    assert torch.equal(replayed["next", "observation"], batch["next", "observation"][0, 2:4])
+    mean = algorithm.loss.state_dict()["qvalue_network_params.module.observation_mean"]
+    torch.testing.assert_close(mean, batch["observation"].mean(1).expand(2, 3))
