@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The lines of this directory's JSON files: benchmarks/results/learning/grid.sh pendulum|inverted|double|reacher|swimmer|hopper|halfcheetah
-# and benchmarks/results/learning/grid.sh options|ablations [TASK].
+# and benchmarks/results/learning/grid.sh options|ablations|tau [TASK].
 # Finished runs are skipped, so a grid that was stopped is continued by the same command.
 cd "$(dirname "$0")/../../.." || exit
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -40,6 +40,9 @@ case $1 in
     change options "observation normalisation" network.normalize_observation=true
     change options "best of 8 when evaluating" sampler.deterministic_num_particles=8
     ;;
+  tau) # target networks that follow four times as fast, for both
+    learn algorithm=sac,nclql_best task="$TASK" task.tau=0.02 seed=0,1,2 output="benchmarks/results/learning/$TASK-tau.jsonl"
+    ;;
   ablations) # of "lr 3e-4" in the options, which is 10 levels of 2 steps. Every schedule can mix: at least
     # 0.5 (sigma_l / sigma_(l+1))^2 steps per level.
     change ablations "w 50" sampler.w=50
@@ -54,5 +57,5 @@ case $1 in
     change ablations "20 levels x 2" sampler.num_levels=20
     change ablations "raw gradient, w 50" sampler.normalize_gradient=false sampler.w=50
     ;;
-  *) echo "expected pendulum, inverted, double, reacher, swimmer, hopper, halfcheetah, options or ablations" >&2; exit 2 ;;
+  *) echo "expected pendulum, inverted, double, reacher, swimmer, hopper, halfcheetah, tau, options or ablations" >&2; exit 2 ;;
 esac
