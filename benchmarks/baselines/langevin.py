@@ -73,14 +73,14 @@ def make_variant(
 
 
 def make_config(problem: Problem, options: dict[str, Any]) -> TrainConfig:
-    """The package's configuration for a problem."""
+    """The package's configuration for a problem; an option wins over what the problem says."""
     shared = {
         "network.hidden_sizes": list(problem.hidden_sizes),
         "optim.gamma": problem.gamma,
         "optim.target_update_polyak": 1.0 - problem.tau,
     }
     values = OmegaConf.create({"sampler": {"execution": "compile"}})
-    for name, value in (options | shared).items():
+    for name, value in (shared | options).items():
         OmegaConf.update(values, name, value)
     content = OmegaConf.to_container(values)
     assert isinstance(content, dict)

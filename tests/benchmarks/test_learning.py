@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from omegaconf import OmegaConf
 
 from benchmarks import critic_or_sampler, learning, learning_figures
 from benchmarks.learning import AlgorithmConfig, LearningConfig, TaskConfig
+from nclql_torchrl.training import components
+from nclql_torchrl.training.config import TrainConfig, load_config
 
 CONF = Path(learning.__file__).parent / "conf"
 ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
@@ -41,6 +44,14 @@ def tiny(name: str) -> LearningConfig:
     if algorithm.family in ("langevin", "quantiles", "crossq"):
         algorithm.options.setdefault("sampler", {})["execution"] = "eager"
     return LearningConfig(algorithm, TASK)
+
+
+def test_the_best_settings_are_the_preset_of_that_name() -> None:
+    preset = load_config(str(Path(components.__file__).parents[1] / "conf" / "preset" / "best.yaml"))
+    options = compose_config("algorithm=nclql_best").algorithm.options
+    assert OmegaConf.to_object(OmegaConf.merge(asdict(TrainConfig()), options)) == asdict(
+        replace(preset, sampler=TrainConfig().sampler)
+    )
 
 
 @pytest.fixture(autouse=True)
