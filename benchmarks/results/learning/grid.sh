@@ -40,8 +40,11 @@ case $1 in
     change options "observation normalisation" network.normalize_observation=true
     change options "best of 8 when evaluating" sampler.deterministic_num_particles=8
     ;;
-  tau) # target networks that follow four times as fast, for both
-    learn algorithm=sac,nclql_best task="$TASK" task.tau=0.02 seed=0,1,2 output="benchmarks/results/learning/$TASK-tau.jsonl"
+  tau) # is it the tuning? SAC with the targets, and with the learning rate, of nclql_best
+    for lr in 3e-4 1e-3; do
+      learn algorithm=sac task="$TASK" "algorithm.name='sac, lr $lr'" +algorithm.options.lr=$lr task.tau=0.02 seed=0,1,2 \
+        output="benchmarks/results/learning/$TASK-tau.jsonl"
+    done
     ;;
   ablations) # of "lr 3e-4" in the options, which is 10 levels of 2 steps. Every schedule can mix: at least
     # 0.5 (sigma_l / sigma_(l+1))^2 steps per level.
