@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -297,25 +298,25 @@ class EnsembleActionValue(ActionValue):
 
     def at_observations(self, observations: tuple[Tensor, ...]) -> EnsembleActionValue:
         (observation,) = observations
-        return EnsembleActionValue(
-            self.weights,
-            observation,
-            num_levels=self.num_levels,
-            action_center=self.action_center,
-            action_half_range=self.action_half_range,
-            reduction=self.reduction,
-            precision=self.precision,
-        )
+        value = copy(self)
+        value.observation = observation.detach()
+        value.batch_shape = observation.shape[:-1]
+        value.dtype, value.device = observation.dtype, observation.device
+        return value
 
     @property
     def parameters(self) -> list[Tensor]:
         embed, trunk, norms, statistics, *buffers = self.weights
         return [*(tensor for layer in (*embed, *trunk, *norms, statistics) for tensor in layer), *buffers]
 
+    def trunk(self) -> list[tuple[Tensor, Tensor]]:
+        """Weights and biases of the trunk as a chain applies them: where a subclass folds in what else is linear."""
+        return self.weights.trunk
+
     def levels(self) -> Callable[[Level], EnsembleLevelValue]:
         """The landscapes, with the observation's and the levels' share of the first layer computed here, once."""
         weights = self.weights
-        (first, first_bias), *hidden, (output_weight, output_bias) = weights.trunk
+        (first, first_bias), *hidden, (output_weight, output_bias) = self.trunk()
         split = [self.observation.shape[-1], self.action_center.shape[-1], LEVEL_EMBEDDING_DIM]
         observation_weight, action_weight, embedding_weight = first.split(split, dim=-1)
         # Normalised action u -> environment's action -> the critic's own normalisation: one affine map, folded here.

@@ -271,8 +271,7 @@ class NCLQLLoss(LossModule):
             The reduced loss, and per-sample diagnostics of shape [*batch] (see :meth:`forward`).
         """
         target_value, next_state_value = self._target(tensordict)
-        last_level = self.sampler.schedule.num_levels - 1
-        level = torch.full(tensordict.batch_size, last_level, device=target_value.device)
+        level = self.noise_free_level(tensordict, target_value.device)
         predictions = self.ensemble_values(tensordict, tensordict.get(self.tensor_keys.action), level)
         return self.td_loss(tensordict, predictions, target_value, next_state_value)
 
@@ -307,7 +306,7 @@ class NCLQLLoss(LossModule):
         schedule = self.sampler.schedule
         num_noisy = schedule.num_levels - 1
         if target is None:
-            level = torch.full(tensordict.batch_size, num_noisy, device=action.device)
+            level = self.noise_free_level(tensordict, action.device)
             with torch.no_grad():
                 target = self.ensemble_values(tensordict, action, level).mean(0)
         if num_noisy == 0:
@@ -322,6 +321,10 @@ class NCLQLLoss(LossModule):
         predictions = self.ensemble_values(tensordict, noisy_action, level)
         loss = distance_loss(predictions, target.expand_as(predictions), loss_function=self.loss_function).sum(0)
         return self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))
+
+    def noise_free_level(self, tensordict: TensorDictBase, device: torch.device) -> Tensor:
+        """The last level, once for each entry of a batch: shape [*batch]."""
+        return torch.full(tensordict.batch_size, self.sampler.schedule.num_levels - 1, device=device)
 
     def ensemble_values(
         self,
@@ -418,7 +421,7 @@ class NCLQLLoss(LossModule):
         """TD target and the value of the next state, shape [*batch] each."""
         next_tensordict = self._next(tensordict)
         next_action = self._next_action(tensordict, next_tensordict)
-        level = torch.full(tensordict.batch_size, self.sampler.schedule.num_levels - 1, device=next_action.device)
+        level = self.noise_free_level(tensordict, next_action.device)
         next_values = self.ensemble_values(next_tensordict, next_action, level, self.target_qvalue_network_params)
         next_state_value = next_values.amin(0)
         return self.bootstrap(tensordict, next_state_value), next_state_value

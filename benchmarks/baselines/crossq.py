@@ -11,7 +11,7 @@ acting, the sampler and the noise loss, uses the running ones:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,9 +26,8 @@ from torchrl.modules import BatchRenorm1d
 from benchmarks.baselines.algorithm import Algorithm, Problem
 from benchmarks.baselines.langevin import make_variant
 from nclql_torchrl.actor import LangevinActor
-from nclql_torchrl.critic import EnsembleActionValue, EnsembleLevelValue, NoiseConditionedQNetwork, normalise
+from nclql_torchrl.critic import EnsembleActionValue, EnsembleWeights, NoiseConditionedQNetwork, normalise
 from nclql_torchrl.loss import NCLQLLoss
-from nclql_torchrl.value import Level
 
 EPSILON = 1e-5
 """Added to the variances."""
@@ -98,7 +97,7 @@ class CrossQNetwork(NoiseConditionedQNetwork):
         """The ensemble at its running statistics, for the sampler."""
         keys = [("renorms", str(index)) for index in range(len(self.renorms))]
         renorms = [Renorm(*(parameters.get((*key, name)).detach() for name in Renorm._fields)) for key in keys]
-        return RenormActionValue(super().action_value(parameters, observation, **options), renorms)
+        return RenormActionValue(EnsembleWeights.of(self, parameters), observation, renorms=renorms, **options)
 
 
 class RenormActionValue(EnsembleActionValue):
@@ -108,36 +107,22 @@ class RenormActionValue(EnsembleActionValue):
     stays the written-out one.
 
     Args:
-        value: the ensemble without normalisation.
+        weights, observation, **options: those of EnsembleActionValue.
         renorms: what stands before each layer of the trunk.
     """
 
-    def __init__(self, value: EnsembleActionValue, renorms: list[Renorm]) -> None:
-        super().__init__(
-            value.weights,
-            value.observation,
-            num_levels=value.num_levels,
-            action_center=value.action_center,
-            action_half_range=value.action_half_range,
-            reduction=value.reduction,
-            precision=value.precision,
-        )
+    def __init__(self, weights: EnsembleWeights, observation: Tensor, *, renorms: list[Renorm], **options: Any) -> None:
+        super().__init__(weights, observation, **options)
         self.renorms = renorms
 
     @property
     def parameters(self) -> list[Tensor]:
         return [*super().parameters, *(tensor for renorm in self.renorms for tensor in renorm)]
 
-    def at_observations(self, observations: tuple[Tensor, ...]) -> RenormActionValue:
-        return RenormActionValue(super().at_observations(observations), self.renorms)
-
-    def levels(self) -> Callable[[Level], EnsembleLevelValue]:
-        """The landscapes, with each normalisation folded into the layer after it."""
-        folded = super().at_observations(self.observations)
-        layers = zip(self.weights.trunk, self.renorms, strict=True)
-        trunk = [self._fold(weight, bias, renorm) for (weight, bias), renorm in layers]
-        folded.weights = self.weights._replace(trunk=trunk)
-        return folded.levels()
+    def trunk(self) -> list[tuple[Tensor, Tensor]]:
+        """Each normalisation folded into the layer after it."""
+        layers = zip(super().trunk(), self.renorms, strict=True)
+        return [self._fold(weight, bias, renorm) for (weight, bias), renorm in layers]
 
     @staticmethod
     def _fold(weight: Tensor, bias: Tensor, renorm: Renorm) -> tuple[Tensor, Tensor]:
@@ -170,7 +155,7 @@ class CrossQLoss(NCLQLLoss):
         joint = TensorDict.cat([tensordict.select(*keys), next_tensordict.select(*keys)])
         assert isinstance(joint, TensorDictBase)
         action = torch.cat([tensordict.get(self.tensor_keys.action), next_action])
-        level = torch.full(joint.batch_size, self.sampler.schedule.num_levels - 1, device=action.device)
+        level = self.noise_free_level(joint, action.device)
         with self._batch_statistics():
             values = self.ensemble_values(joint, action, level)
         predictions, next_values = values.chunk(2, dim=1)

@@ -6,7 +6,6 @@ averaged once per chain, and the action gradient stays the written-out one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.baselines.algorithm import Algorithm, Problem
 from benchmarks.baselines.langevin import make_variant
-from nclql_torchrl.critic import EnsembleActionValue, EnsembleLevelValue, NoiseConditionedQNetwork
+from nclql_torchrl.critic import EnsembleActionValue, EnsembleWeights, NoiseConditionedQNetwork
 from nclql_torchrl.loss import NCLQLLoss
-from nclql_torchrl.value import Level
 
 
 class QuantileQNetwork(NoiseConditionedQNetwork):
@@ -42,39 +40,20 @@ class QuantileQNetwork(NoiseConditionedQNetwork):
         self.trunk[-1] = nn.Linear(last.in_features, num_quantiles, device=last.weight.device, dtype=last.weight.dtype)
         self.reset_parameters()
 
-    def action_value(self, *args: Any, **options: Any) -> MeanActionValue:
+    def action_value(
+        self, parameters: TensorDictParams | TensorDictBase, observation: Tensor, **options: Any
+    ) -> MeanActionValue:
         """The means of an ensemble, for the sampler."""
-        return MeanActionValue(super().action_value(*args, **options))
+        return MeanActionValue(EnsembleWeights.of(self, parameters), observation, **options)
 
 
 class MeanActionValue(EnsembleActionValue):
-    """The mean of the outputs of every member of an ensemble.
+    """The mean of the outputs of every member of an ensemble."""
 
-    Args:
-        value: the ensemble.
-    """
-
-    def __init__(self, value: EnsembleActionValue) -> None:
-        super().__init__(
-            value.weights,
-            value.observation,
-            num_levels=value.num_levels,
-            action_center=value.action_center,
-            action_half_range=value.action_half_range,
-            reduction=value.reduction,
-            precision=value.precision,
-        )
-
-    def at_observations(self, observations: tuple[Tensor, ...]) -> MeanActionValue:
-        return MeanActionValue(super().at_observations(observations))
-
-    def levels(self) -> Callable[[Level], EnsembleLevelValue]:
-        """The landscapes of the means: the last layer is linear, so that its mean is a layer with one output."""
-        *hidden, (weight, bias) = self.weights.trunk
-        mean = (weight.mean(-2, keepdim=True), bias.mean(-1, keepdim=True))
-        averaged = super().at_observations(self.observations)
-        averaged.weights = self.weights._replace(trunk=[*hidden, mean])
-        return averaged.levels()
+    def trunk(self) -> list[tuple[Tensor, Tensor]]:
+        """The last layer is linear, so that its mean is a layer with one output."""
+        *hidden, (weight, bias) = super().trunk()
+        return [*hidden, (weight.mean(-2, keepdim=True), bias.mean(-1, keepdim=True))]
 
 
 def quantile_huber_loss(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -138,7 +117,7 @@ class QuantileLoss(NCLQLLoss):
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Quantile regression at the noise-free level; the diagnostics are about the means."""
         targets, next_state_value = self.target_quantiles(tensordict)
-        level = self._last_level(tensordict, targets)
+        level = self.noise_free_level(tensordict, targets.device)
         predictions = self.quantiles(tensordict, tensordict.get(self.tensor_keys.action), level)
         loss = quantile_huber_loss(predictions, targets.expand_as(predictions)).sum(0)
         loss = self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))
@@ -156,7 +135,7 @@ class QuantileLoss(NCLQLLoss):
         """Quantiles of the TD target, shape [*batch, num_quantiles], and the mean of the next state's, [*batch]."""
         next_tensordict = self._next(tensordict)
         next_action = self._next_action(tensordict, next_tensordict)
-        level = self._last_level(tensordict, next_action)
+        level = self.noise_free_level(tensordict, next_action.device)
         quantiles = self.quantiles(next_tensordict, next_action, level, self.target_qvalue_network_params)
         means = quantiles.mean(-1)
         index = means.argmin(0, keepdim=True).unsqueeze(-1).expand(1, *quantiles.shape[1:])
@@ -165,10 +144,6 @@ class QuantileLoss(NCLQLLoss):
         num_quantiles = lowest.shape[-1]
         samples = tensordict.unsqueeze(-1).expand(*tensordict.batch_size, num_quantiles)
         return self.bootstrap(samples, lowest), means.amin(0)
-
-    def _last_level(self, tensordict: TensorDictBase, like: Tensor) -> Tensor:
-        """The noise-free level, shape [*batch]."""
-        return torch.full(tensordict.batch_size, self.sampler.schedule.num_levels - 1, device=like.device)
 
 
 def make_quantiles(problem: Problem, *, num_quantiles: int = 25, **options: Any) -> Algorithm:
