@@ -1,8 +1,8 @@
 """A Langevin policy fails: is it the critic, or the sampler that does not find the critic's best action?
 
 ``python -m benchmarks.critic_or_sampler`` takes the options of ``benchmarks.learning``, trains one run of a task with
-one-dimensional actions, and lets that same critic act in several ways: by its own chain, by other chains, and by the
-best of a fine grid of actions, which is what a perfect greedy sampler would do. It appends a JSON line to
+actions of one or two dimensions, and lets that same critic act in several ways: by its own chain, by other chains, and
+by the best of a fine grid of actions, which is what a perfect greedy sampler would do. It appends a JSON line to
 ``benchmarks/results/critic_or_sampler/critic_or_sampler.jsonl``.
 """
 
@@ -26,13 +26,18 @@ from nclql_torchrl import NCLQLLoss
 from nclql_torchrl.training.components import make_actor_for
 
 RESULTS = Path(__file__).parent / "results" / "critic_or_sampler"
-NUM_GRID_ACTIONS = 401
+GRID_SIDES = {1: 401, 2: 41}
+"""Grid actions per dimension, for actions of that many dimensions."""
 CHAINS: dict[str, dict[str, Any]] = {
     "its own chain": {},
     "8 particles": {"deterministic_num_particles": 8},
+    "1 step per level, sigma_max 0.02": {"steps_per_level": 1, "sigma_max": 0.02},
     "5 steps per level": {"steps_per_level": 5},
+    "sigma_max 0.03": {"sigma_max": 0.03},
+    "sigma_max 0.3": {"sigma_max": 0.3},
     "gradient of the lowest critic": {"ensemble_reduction": "min"},
     "w 50": {"w": 50.0},
+    "w 5000": {"w": 5000.0},
     "gradient as it is, w 5": {"normalize_gradient": False, "w": 5.0},
     "gradient as it is, w 50": {"normalize_gradient": False, "w": 50.0},
     "gradient as it is, w 500": {"normalize_gradient": False, "w": 500.0},
@@ -44,29 +49,35 @@ class GridActor(TensorDictModuleBase):
 
     Args:
         loss: whose critics.
-        problem: of one-dimensional actions.
+        problem: of actions of one or two dimensions.
+
+    Raises:
+        ValueError: of more dimensions.
     """
 
     def __init__(self, loss: NCLQLLoss, problem: Problem) -> None:
         super().__init__()
-        if problem.action_dim != 1:
-            raise ValueError(f"The task has actions of dimension {problem.action_dim}; a grid is for 1.")
+        if problem.action_dim not in GRID_SIDES:
+            raise ValueError(f"The task has actions of dimension {problem.action_dim}; a grid is for 1 or 2.")
         self.in_keys, self.out_keys = ["observation"], ["action", VALUE_KEY]
         self.__dict__["loss"] = loss
-        self.actions = torch.linspace(float(problem.action_spec.low), float(problem.action_spec.high), NUM_GRID_ACTIONS)
+        low, high = problem.action_spec.low, problem.action_spec.high
+        unit = torch.linspace(0, 1, GRID_SIDES[problem.action_dim])
+        grid = torch.cartesian_prod(*[unit] * problem.action_dim).view(-1, problem.action_dim)
+        self.actions = low + (high - low) * grid
 
     def values(self, tensordict: TensorDictBase) -> Tensor:
         """Lowest critic of every action, shape [grid, *batch]."""
         loss: NCLQLLoss = self.__dict__["loss"]
-        inputs = tensordict.select("observation").expand(NUM_GRID_ACTIONS, *tensordict.batch_size)
-        action = self.actions.view(-1, *(1,) * inputs.batch_dims).expand(*inputs.batch_size, 1)
+        inputs = tensordict.select("observation").expand(len(self.actions), *tensordict.batch_size)
+        action = self.actions.view(len(self.actions), *(1,) * tensordict.batch_dims, -1).expand(*inputs.batch_size, -1)
         level = torch.full(inputs.batch_size, loss.sampler.schedule.num_levels - 1)
         return loss.ensemble_values(inputs, action, level).amin(0)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the action and its value."""
         value, index = self.values(tensordict).max(0)
-        tensordict.set("action", self.actions[index].unsqueeze(-1))
+        tensordict.set("action", self.actions[index])
         return tensordict.set(VALUE_KEY, value.unsqueeze(-1))
 
 

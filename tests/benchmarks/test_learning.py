@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from tensordict import TensorDict
+from torchrl.data import Bounded
 
 from benchmarks import critic_or_sampler, learning, learning_figures
+from benchmarks.baselines.algorithm import Problem
+from benchmarks.baselines.langevin import make_langevin
 from benchmarks.learning import AlgorithmConfig, LearningConfig, TaskConfig
+from nclql_torchrl import NCLQLLoss
 from nclql_torchrl.training import components
 from nclql_torchrl.training.config import TrainConfig, load_config
 
@@ -143,8 +149,32 @@ def test_one_critic_acts_in_several_ways(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result["evaluations"]["best of a grid"]["estimated_q"] >= result["evaluations"]["w 50"]["estimated_q"] - 1e-3
 
 
-def test_the_page_quotes_the_committed_critic() -> None:
+def test_the_grid_covers_actions_of_two_dimensions() -> None:
+    spec = Bounded(low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0]), shape=(2,))
+    problem = Problem(3, spec, hidden_sizes=(8,))
+    loss = make_langevin(problem, **{"sampler.execution": "eager"}).loss
+    assert isinstance(loss, NCLQLLoss)
+    actor = critic_or_sampler.GridActor(loss, problem)
+    assert torch.equal(actor.actions.amin(0), spec.low) and torch.equal(actor.actions.amax(0), spec.high)
+    acted = actor(TensorDict({"observation": torch.randn(5, 3)}, [5]))
+    assert acted["action"].shape == (5, 2)
+    values = actor.values(acted)
+    assert values.shape == (41**2, 5)
+    assert torch.equal(acted[critic_or_sampler.VALUE_KEY].squeeze(-1), values.amax(0))
+    assert torch.equal(acted["action"], actor.actions[values.argmax(0)])
+
+
+@pytest.mark.parametrize("dimensions", [3, 6])
+def test_a_grid_of_more_dimensions_is_refused(dimensions: int) -> None:
+    problem = Problem(3, Bounded(-1.0, 1.0, (dimensions,)), hidden_sizes=(8,))
+    loss = make_langevin(problem, **{"sampler.execution": "eager"}).loss
+    assert isinstance(loss, NCLQLLoss)
+    with pytest.raises(ValueError, match=f"dimension {dimensions}; a grid is for 1 or 2"):
+        critic_or_sampler.GridActor(loss, problem)
+
+
+def test_the_page_quotes_the_committed_critics() -> None:
     page = (learning.RESULTS / "README.md").read_text()
-    (result,) = learning.read_records(critic_or_sampler.RESULTS / "critic_or_sampler.jsonl")
-    for name, evaluation in result["evaluations"].items():
-        assert f"| {name} | {evaluation['return_mean']:.1f} | {evaluation['estimated_q']:.2f} |" in page
+    for result in learning.read_records(critic_or_sampler.RESULTS / "critic_or_sampler.jsonl"):
+        for name, evaluation in result["evaluations"].items():
+            assert f"| {name} | {evaluation['return_mean']:.1f} | {evaluation['estimated_q']:.2f} |" in page
