@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The lines of this directory's JSON files: benchmarks/results/learning/grid.sh pendulum|inverted|double|reacher|swimmer|hopper|halfcheetah
-# and benchmarks/results/learning/grid.sh options|ablations|tau [TASK].
+# and benchmarks/results/learning/grid.sh options|combinations|ablations|tau [TASK].
 # Finished runs are skipped, so a grid that was stopped is continued by the same command.
 cd "$(dirname "$0")/../../.." || exit
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -17,13 +17,21 @@ change() {
     "${@/#/++algorithm.options.}" output="benchmarks/results/learning/$TASK-$file.jsonl"
 }
 
+# One change to the preset best: combine NAME [section.key=value ...]
+combine() {
+  local name=$1
+  shift
+  learn algorithm=nclql_best task="$TASK" seed=0,1,2 "algorithm.name='$name'" "${@/#/++algorithm.options.}" \
+    output="benchmarks/results/learning/$TASK-combinations.jsonl"
+}
+
 ALL=sac,nclql,sql,td3,qsm,lql,nclql_best
 TASK=${2:-Reacher-v5}
 case $1 in
   pendulum) for seed in 0 1 2; do learn algorithm=$ALL task=Pendulum-v1 seed=$seed; done ;;
   inverted) for seed in 0 1 2; do learn algorithm=sac,nclql,nclql_best task=InvertedPendulum-v5 seed=$seed; done ;;
   reacher) for seed in 0 1 2; do learn algorithm=$ALL task=Reacher-v5 seed=$seed; done ;;
-  halfcheetah) for seed in 0 1 2; do learn algorithm=sac,nclql_best task=HalfCheetah-v5 seed=$seed; done ;;
+  halfcheetah) for seed in 0 1 2; do learn algorithm=sac,nclql_best,nclql task=HalfCheetah-v5 seed=$seed; done ;;
   hopper) for seed in 0 1 2; do learn algorithm=nclql,sac,nclql_best task=Hopper-v5 seed=$seed; done ;;
   swimmer) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=Swimmer-v5 seed=$seed; done ;;
   double) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=InvertedDoublePendulum-v5 seed=$seed; done ;;
@@ -39,6 +47,11 @@ case $1 in
     change options "w auto" sampler.w=auto
     change options "observation normalisation" network.normalize_observation=true
     change options "best of 8 when evaluating" sampler.deterministic_num_particles=8
+    ;;
+  combinations) # what helped alone, with the preset best
+    combine "best, observation normalisation" network.normalize_observation=true
+    combine "best, w 50" sampler.w=50
+    combine "best, raw gradient" sampler.normalize_gradient=false
     ;;
   tau) # is it the tuning? SAC with the targets, and with the learning rate, of nclql_best
     for lr in 3e-4 1e-3; do
@@ -60,5 +73,5 @@ case $1 in
     change ablations "20 levels x 2" sampler.num_levels=20
     change ablations "raw gradient, w 50" sampler.normalize_gradient=false sampler.w=50
     ;;
-  *) echo "expected pendulum, inverted, double, reacher, swimmer, hopper, halfcheetah, tau, options or ablations" >&2; exit 2 ;;
+  *) echo "expected pendulum, inverted, double, reacher, swimmer, hopper, halfcheetah, tau, options, combinations or ablations" >&2; exit 2 ;;
 esac
