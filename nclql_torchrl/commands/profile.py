@@ -21,7 +21,7 @@ ConfigStore.instance().store(name="profile_schema", node=ProfileConfig)
 def main() -> None:
     """Entry point of ``nclql-profile``."""
     multirun = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
-    sys.argv[1:] = [as_list(argument, multirun) for argument in sys.argv[1:]]
+    sys.argv[1:] = [as_list(as_override(argument), multirun) for argument in sys.argv[1:]]
     try:
         check_override_keys(sys.argv[1:], ProfileConfig)
     except ConfigError as error:
@@ -30,6 +30,18 @@ def main() -> None:
     directories = [argument for argument in sys.argv[1:] if argument.startswith("run_dir=")]
     sys.argv += [f"hydra.sweep.dir={directory.removeprefix('run_dir=')}" for directory in directories]
     _hydra_main()
+
+
+def as_override(argument: str) -> str:
+    """``--trace`` and ``--trace=FILE`` -> ``trace=true`` and ``trace=FILE``.
+
+    Examples:
+        >>> as_override("--trace"), as_override("--trace=t.json"), as_override("levels=3")
+        ('trace=true', 'trace=t.json', 'levels=3')
+    """
+    if argument == "--trace":
+        return "trace=true"
+    return argument.removeprefix("--") if argument.startswith("--trace=") else argument
 
 
 def as_list(argument: str, multirun: bool) -> str:

@@ -13,6 +13,7 @@ from torch.utils._triton import has_triton
 
 from nclql_torchrl.kernels import make_kernel
 from nclql_torchrl.profiling.config import Setting
+from nclql_torchrl.profiling.schedules import base_schedule, mixing_schedule, nearest_levels
 from nclql_torchrl.training.components import make_device
 from nclql_torchrl.training.config import ConfigError, SamplerConfig
 
@@ -57,16 +58,41 @@ def unavailable(execution: str, device: torch.device) -> str | None:
     return None
 
 
-def with_kernels(settings: Iterable[Setting], sampler: SamplerConfig) -> tuple[list[Setting], list[dict[str, str]]]:
-    """Settings with ``kernel=auto`` resolved; and the kernels that cannot work with the run's other settings."""
+def as_the_run(
+    settings: Iterable[Setting], sampler: SamplerConfig, *, trained: bool
+) -> tuple[list[Setting], list[dict[str, str]]]:
+    """Settings with what they leave to the run resolved; and what cannot work with the run, with the reason.
+
+    Args:
+        settings: of the grid.
+        sampler: the run's.
+        trained: whether there are episodes, and so previous actions.
+
+    Examples:
+        >>> setting = Setting(10, 2, 256, 1, "eager", "float32", "cpu", "auto", None, None)
+        >>> (found,), _ = as_the_run([setting], SamplerConfig(start_level=3), trained=False)
+        >>> found.kernel, found.start_level, found.warm_start
+        ('langevin', 3, False)
+    """
     runnable: dict[Setting, None] = {}
     skipped: dict[str, str] = {}
     for setting in settings:
+        levels, start_level = setting.levels, setting.start_level
+        if start_level is None:
+            schedule = mixing_schedule(sampler, levels, setting.steps_per_level)
+            start_level = nearest_levels(schedule, base_schedule(sampler))[sampler.start_level]
+        elif start_level >= levels:
+            skipped[f"start_level {start_level}, {levels} levels"] = f"The levels are 0 to {levels - 1}."
+            continue
+        warm_start = sampler.warm_start if setting.warm_start is None else setting.warm_start
+        if warm_start and not trained:
+            skipped["warm_start"] = "An untrained critic has no episodes, and so no previous actions to start from."
+            continue
         kernel = sampler.kernel if setting.kernel == "auto" else setting.kernel
         try:
             make_kernel(kernel).check(sampler.normalize_gradient, sampler.boundary)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             skipped[f"kernel {kernel}"] = str(error)
         else:
-            runnable[replace(setting, kernel=kernel)] = None
+            runnable[replace(setting, kernel=kernel, start_level=start_level, warm_start=warm_start)] = None
     return list(runnable), [{"setting": name, "reason": reason} for name, reason in skipped.items()]

@@ -15,7 +15,18 @@ from nclql_torchrl.kernels import Boundary, KernelName
 from nclql_torchrl.training.config import ConfigError, choose
 from nclql_torchrl.value import Precision
 
-GRID = ("device", "precision", "execution", "kernel", "particles", "states", "levels", "steps_per_level")
+GRID = (
+    "device",
+    "precision",
+    "execution",
+    "kernel",
+    "particles",
+    "states",
+    "levels",
+    "steps_per_level",
+    "start_level",
+    "warm_start",
+)
 """Keys that take several values; every combination of them is measured, the first key outermost."""
 
 
@@ -33,6 +44,10 @@ class ProfileConfig:
     """Noise levels of the chain; 1 is LQL."""
     steps_per_level: list[int] = field(default_factory=lambda: [1, 2])
     """Langevin steps at each level."""
+    start_level: list[int | None] = field(default_factory=lambda: [None])
+    """First level that is visited, those before it skipped; null: that of the noise at which the run's chains start."""
+    warm_start: list[bool | None] = field(default_factory=lambda: [None])
+    """Start chains from the previous action plus noise of start_level (with a checkpoint); null: as the run does."""
     states: list[int] = field(default_factory=lambda: [256])
     """States that one call acts on."""
     particles: list[int] = field(default_factory=lambda: [1])
@@ -91,11 +106,15 @@ class Setting:
     precision: str
     device: str
     kernel: str = "langevin"
+    start_level: int | None = 0
+    """None: not known before the run is."""
+    warm_start: bool | None = False
+    """None likewise."""
 
     @property
     def langevin_steps(self) -> int:
         """Sequential gradient steps of a chain."""
-        return self.levels * self.steps_per_level
+        return (self.levels - (self.start_level or 0)) * self.steps_per_level
 
 
 def settings(config: ProfileConfig) -> Iterator[Setting]:
@@ -120,6 +139,9 @@ def validate(config: ProfileConfig) -> None:
         raise ConfigError("hidden_sizes is empty; expected widths of at least 1.")
     for name in ("observation_dim", "action_dim", "num_critics", "repetitions", "reference_steps", "quality_chains"):
         _at_least(name, getattr(config, name), 1)
+    for start_level in config.start_level:
+        if start_level is not None:
+            _at_least("start_level", start_level, 0)
     _at_least("quality_states", config.quality_states, 2)  # a standard error needs two
     _at_least("episodes", config.episodes, 0)
     for execution in config.execution:

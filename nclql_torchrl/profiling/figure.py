@@ -18,7 +18,7 @@ Row = dict[str, Any]
 # Okabe and Ito's colours, told apart by colour-blind readers too, the darkest first; markers say the same again.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-SERIES = ("run", "device", "execution", "precision", "kernel", "states", "particles")
+SERIES = ("run", "device", "execution", "precision", "kernel", "states", "particles", "warm_start")
 """What tells one line from another; those that are the same everywhere go into the title."""
 
 STYLE: dict[Any, Any] = {
@@ -103,6 +103,8 @@ def _series(rows: Sequence[Row], runs: Sequence[dict[str, Any]]) -> list[tuple[s
         words = []
         for name in varying or ["execution"]:
             value = runs[row["run"]]["critic"] if name == "run" else row[name]
+            if name == "warm_start":
+                value = "warm starts" if value else "cold starts"
             words.append(f"{value} {name}" if name in ("states", "particles") else str(value))
         return ", ".join(words)
 
@@ -176,8 +178,13 @@ def _draw_targets(axes: Axes, rows: Sequence[Row]) -> None:
         "tv_truncated_quadratic": "truncated quadratic: density",
     }
     fewest = min(row["particles"] for row in rows)
+
+    def simplest(row: Row) -> bool:
+        first = min(other["start_level"] for other in rows if other["levels"] == row["levels"])
+        return row["particles"] == fewest and row["start_level"] == first
+
     for number, (name, label) in enumerate(quantities.items()):
-        points = sorted({(row["langevin_steps"], row[name]) for row in rows if row["particles"] == fewest})
+        points = sorted({(row["langevin_steps"], row[name]) for row in rows if simplest(row)})
         look: dict[str, Any] = _look(number) | {
             "color": "0.25",
             "markerfacecolor": ("0.25", "white", "0.6", "0.9")[number],
@@ -215,6 +222,8 @@ def _mark_front(axes: Axes, front: Sequence[Row], height: Callable[[Row], float]
         # To the right, where there is room; else the next one's label would be in the way.
         offset, side = ((6, 6), "left") if following > 1.3 * across else ((-8, -4), "right")
         text = f"{row['levels']}×{row['steps_per_level']}"
+        if row["start_level"]:
+            text += f" from {row['start_level']}"
         axes.annotate(text, (across, up), xytext=offset, textcoords="offset points", fontsize=7.5, ha=side)
     axes.margins(0.1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,7 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
     if runnable:
         torch.manual_seed(config.seed)
         subject = make_subject(config, torch.device(runnable[0].device))
-        runnable, impossible = availability.with_kernels(runnable, subject.sampler)
+        runnable, impossible = availability.as_the_run(runnable, subject.sampler, trained=subject.trained)
         skipped += impossible
     if subject is None or not runnable:
         reasons = "; ".join(f"{entry['setting']}: {entry['reason']}" for entry in skipped)
@@ -171,9 +171,9 @@ def _act(actor: LangevinActor, states: TensorDictBase) -> None:
 
 def _add_target_quality(rows: Sequence[Row], subject: Subject, config: ProfileConfig) -> None:
     """Adds what the chains of each schedule do on the analytic targets, whatever runs them."""
-    found: dict[tuple[int, int, int, str], Row] = {}
+    found: dict[tuple[int, int, int, str, int], Row] = {}
     for row in tqdm(rows, desc="analytic targets", dynamic_ncols=True):
-        chain = (row["levels"], row["steps_per_level"], row["particles"], row["kernel"])
+        chain = (row["levels"], row["steps_per_level"], row["particles"], row["kernel"], row["start_level"])
         if chain not in found:
             torch.manual_seed(config.seed)
             found[chain] = target_quality(subject.sampler, *chain)
@@ -183,15 +183,14 @@ def _add_target_quality(rows: Sequence[Row], subject: Subject, config: ProfileCo
 def _add_returns(rows: Sequence[Row], subject: Subject, config: ProfileConfig) -> Iterator[Row]:
     """Adds the return of the policy with each schedule: eager, since every mode computes the same actions. Yields every
     row that it completes."""
-    found: dict[tuple[int, int, int, str, str, str], Row] = {}
+    found: dict[Setting, Row] = {}
     for row in tqdm(rows, desc="episodes", dynamic_ncols=True):
-        key = (row["levels"], row["steps_per_level"], row["particles"], row["precision"], row["device"], row["kernel"])
-        if key not in found:
-            levels, steps_per_level, particles, precision, device, kernel = key
-            setting = Setting(levels, steps_per_level, config.episodes, particles, "eager", precision, device, kernel)
+        setting = Setting(**{entry.name: row[entry.name] for entry in fields(Setting)})
+        setting = replace(setting, states=config.episodes, execution="eager")
+        if setting not in found:
             run = subject.config
             result = evaluate(
-                subject.to(torch.device(device)).actor(setting, diagnostics=True),
+                subject.to(torch.device(setting.device)).actor(setting, diagnostics=True),
                 run.env.task,
                 episodes=config.episodes,
                 seed=run.seed + SEED_OFFSET,
@@ -199,15 +198,17 @@ def _add_returns(rows: Sequence[Row], subject: Subject, config: ProfileConfig) -
                 reward_scale=run.optim.reward_scale,
                 task_options=run.env.task_options,
             )
-            found[key] = {"return_mean": result.mean, "return_std": result.std}
-        row |= found[key]
+            found[setting] = {"return_mean": result.mean, "return_std": result.std}
+        row |= found[setting]
         yield row
 
 
 def _name(setting: Setting) -> str:
+    start = f" from level {setting.start_level}" if setting.start_level else ""
     return (
         f"{setting.execution} {setting.precision} {setting.kernel} on {setting.device}, "
-        f"{setting.levels} x {setting.steps_per_level} steps, {setting.states} states, {setting.particles} particles"
+        f"{setting.levels} x {setting.steps_per_level} steps{start}{', warm' if setting.warm_start else ''}, "
+        f"{setting.states} states, {setting.particles} particles"
     )
 
 

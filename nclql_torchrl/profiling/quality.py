@@ -46,7 +46,7 @@ def sample_actions(actor: LangevinActor, subject: Subject, batch: int, chains: i
     Returns:
         Shape [chains, states, action_dim].
     """
-    num_states = subject.observations.shape[0]
+    num_states = subject.inputs.shape[0]
     wanted = chains * num_states
     # The states in a row, again and again, cut into batches of the size that was timed (and compiled).
     tensordict = subject.states(-(-wanted // batch) * batch)
@@ -95,7 +95,7 @@ def make_reference(subject: Subject, steps_per_level: int, chains: int) -> Refer
         schedule.num_levels, steps_per_level, REFERENCE_BATCH, 1, "eager", "float32", "cpu", subject.sampler.kernel
     )
     actor = subject.actor_on(schedule, setting)
-    batch = min(REFERENCE_BATCH, chains * subject.observations.shape[0])
+    batch = min(REFERENCE_BATCH, chains * subject.inputs.shape[0])
     actions = sample_actions(actor, subject, batch, chains)
     uniform = torch.rand_like(actions) * 2.0 - 1.0
     return Reference(
@@ -125,7 +125,7 @@ def critic_quality(
 
 @torch.no_grad()
 def target_quality(
-    sampler: SamplerConfig, levels: int, steps_per_level: int, particles: int, kernel: str
+    sampler: SamplerConfig, levels: int, steps_per_level: int, particles: int, kernel: str, start_level: int = 0
 ) -> dict[str, float]:
     """Columns of a row: the same chain, in eager float32 on the CPU, on targets whose density is known.
 
@@ -135,7 +135,7 @@ def target_quality(
 
     Args:
         sampler: settings of the run that trained the critic.
-        levels, steps_per_level, particles, kernel: of the chain.
+        levels, steps_per_level, particles, kernel, start_level: of the chain, which starts anywhere in the box.
     """
     schedule = mixing_schedule(sampler, levels, steps_per_level)
     w = float(sampler.w)
@@ -154,7 +154,7 @@ def target_quality(
             kernel=kernel,  # pyright: ignore[reportArgumentType]
         )
         value = target.action_value((particles, TARGET_SAMPLES), schedule)
-        actions = chain(value)
+        actions = chain(value, start_level=start_level)
         chosen = best_particle(actions, chain.score(value, actions))
         columns[f"tv_{name}"] = target.total_variation(chosen, TARGET_BINS)
         if name == "four_modes":

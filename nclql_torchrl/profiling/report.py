@@ -23,7 +23,9 @@ COLUMNS: dict[str, str] = {
     "kernel": "Transition of the chain.",
     "levels": "Noise levels.",
     "steps_per_level": "Langevin steps at each.",
-    "langevin_steps": "Their product: sequential gradient steps.",
+    "start_level": "The first that is visited.",
+    "warm_start": "Whether chains start from the previous action plus noise of that level.",
+    "langevin_steps": "Sequential gradient steps: levels visited x steps_per_level.",
     "states": "States per call.",
     "particles": "Chains per state, of which the best is kept.",
     "sigma_max": "Noise of the first level, after the change.",
@@ -40,7 +42,7 @@ COLUMNS: dict[str, str] = {
     "q_recovered": "Share of the way from uniformly random actions to the reference chain.",
     "spread": "Standard deviation of a normalised action's coordinate within a state, over independent chains.",
     **{f"tv_{name}": f"Total-variation distance to {name}, binned." for name in TARGETS},
-    "modes_covered": "Modes of four_modes, of 4, with at least half of their weight.",
+    "modes_covered": "Modes of four_modes, of 4, with at least half of their weight; like all tv_..., of cold starts.",
     "tv_mode_weights": "Total-variation distance of the modes' shares to their weights.",
     "return_mean": "Return on Gymnasium, mean over episodes; empty without a checkpoint.",
     "return_std": "Standard deviation over episodes.",
@@ -56,6 +58,8 @@ _TABLE = {
     "particles": "particles",
     "levels": "levels",
     "steps_per_level": "x steps",
+    "start_level": "from level",
+    "warm_start": "warm",
     "ms_median": "ms",
     "ms_p10": "p10",
     "ms_p90": "p90",
@@ -130,9 +134,8 @@ def table(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, str]]) -> 
     lines = []
     names = [name for name in _TABLE if any(row.get(name) not in (None, "") for row in rows)]
     # What is the same in all rows stands once, above the table.
-    common = [
-        name for name in ("device", "precision", "kernel", "particles", "states") if len({r[name] for r in rows}) == 1
-    ]
+    shared = ("device", "precision", "kernel", "particles", "states", "start_level", "warm_start")
+    common = [name for name in shared if len({row[name] for row in rows}) == 1]
     if rows:
         if common:
             lines.append(", ".join(f"{name} {rows[0][name]}" for name in common))

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from tensordict import TensorDict, TensorDictParams
-from torch import Tensor
 from torchrl.data import Bounded
+from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueOperator
+from torchrl.modules.utils import get_env_transforms_from_module
 
 from envs import make_env
 from nclql_torchrl.actor import LangevinActor
@@ -38,8 +39,9 @@ class Subject:
     hidden_sizes: tuple[int, ...]
     spec: Bounded
     """Spec of the action."""
-    observations: Tensor
-    """Shape [quality_states, observation_dim]."""
+    inputs: TensorDict
+    """What the sampler reads, batch size [quality_states]: observations; and where a policy visited them, the previous
+    actions and where episodes begin."""
     config: TrainConfig
     """Of the run that trained it; the defaults for an untrained critic."""
     trained: bool
@@ -52,7 +54,7 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """Where the critics are."""
-        return self.observations.device
+        return self.inputs["observation"].device
 
     def to(self, device: torch.device) -> Subject:
         """The same on another device."""
@@ -61,13 +63,12 @@ class Subject:
             self,
             params=TensorDictParams(params, no_convert=True),
             spec=self.spec.to(device),
-            observations=self.observations.to(device),
+            inputs=self.inputs.to(device),
         )
 
     def states(self, count: int) -> TensorDict:
-        """Observations of any number of states, batch size [count]; they repeat where there are not enough."""
-        index = torch.arange(count, device=self.device) % self.observations.shape[0]
-        return TensorDict({"observation": self.observations[index]}, [count])
+        """Inputs of any number of states, batch size [count]; they repeat where there are not enough."""
+        return self.inputs[torch.arange(count, device=self.device) % self.inputs.shape[0]]
 
     def actor(self, setting: Setting, *, diagnostics: bool = False) -> LangevinActor:
         """The sampler in one setting of the grid, on a schedule that can mix."""
@@ -75,11 +76,11 @@ class Subject:
         return self.actor_on(schedule, setting, diagnostics=diagnostics)
 
     def actor_on(self, schedule: NoiseSchedule, setting: Setting, *, diagnostics: bool = False) -> LangevinActor:
-        """The sampler on a given schedule, with the setting's steps per level, particles and execution."""
+        """The sampler on a given schedule; everything else is the setting's, and what that leaves open the run's."""
         network = ResampledQNetwork(
             nearest_levels(base_schedule(self.sampler), schedule),
             self.sampler.num_levels,
-            self.observations.shape[-1],
+            self.inputs["observation"].shape[-1],
             self.spec.shape[-1],
             self.hidden_sizes,
             layer_norm=self.config.network.layer_norm,
@@ -100,6 +101,8 @@ class Subject:
             ensemble_reduction=self.sampler.ensemble_reduction,  # pyright: ignore[reportArgumentType]
             boundary=self.sampler.boundary,  # pyright: ignore[reportArgumentType]
             kernel=setting.kernel,  # pyright: ignore[reportArgumentType]
+            start_level=setting.start_level or 0,
+            warm_start=bool(setting.warm_start),
             execution=setting.execution,  # pyright: ignore[reportArgumentType]
             precision=setting.precision,  # pyright: ignore[reportArgumentType]
             diagnostics=diagnostics,
@@ -131,7 +134,7 @@ def untrained(config: ProfileConfig, device: torch.device) -> Subject:
         params=TensorDict.from_modules(*critics, as_module=True),
         hidden_sizes=tuple(config.hidden_sizes),
         spec=Bounded(-1.0, 1.0, torch.Size([config.action_dim])),
-        observations=observations,
+        inputs=TensorDict({"observation": observations}, [config.quality_states]),
         config=_adjusted(TrainConfig(), config),
         trained=False,
     )
@@ -150,16 +153,16 @@ def trained(config: ProfileConfig, checkpoint: str, device: torch.device) -> Sub
         params=actor.qvalue_network_params,
         hidden_sizes=tuple(run.network.hidden_sizes),
         spec=spec,
-        observations=torch.empty(0, network.observation_dim, device=device),
+        inputs=TensorDict({"observation": torch.empty(0, network.observation_dim, device=device)}, [0]),
         config=_adjusted(replace(run, sampler=replace(run.sampler, w=actor.sampler.w.item())), config),
         trained=True,
     )
-    return replace(subject, observations=_visited(subject, config))
+    return replace(subject, inputs=_visited(subject, config))
 
 
 @torch.no_grad()
-def _visited(subject: Subject, config: ProfileConfig) -> Tensor:
-    """Random states of the policy's own episodes, shape [quality_states, observation_dim]."""
+def _visited(subject: Subject, config: ProfileConfig) -> TensorDict:
+    """Random states of the policy's own episodes, batch size [quality_states]."""
     run, sampler, device = subject.config, subject.sampler, subject.device
     actor = subject.actor_on(
         base_schedule(sampler),
@@ -169,22 +172,34 @@ def _visited(subject: Subject, config: ProfileConfig) -> Tensor:
             VISITING_ENVS,
             sampler.num_particles,
             "eager",
-            "float32",
+            sampler.precision,
             str(device),
             sampler.kernel,
+            sampler.start_level,
+            sampler.warm_start,
         ),
     )
     steps = max(VISITING_STEPS, -(-config.quality_states // VISITING_ENVS))
     seed = run.seed + SEED_OFFSET + 1 + config.seed
-    env = make_env(run.env.task, VISITING_ENVS, engine="gymnasium", device=device, seed=seed)
+    env: EnvBase = make_env(
+        run.env.task, VISITING_ENVS, engine="gymnasium", device=device, seed=seed, **run.env.task_options
+    )
+    if actor.warm_start:
+        env = TransformedEnv(env, get_env_transforms_from_module(actor))
     try:
         with torch.random.fork_rng(devices=[]), set_exploration_type(ExplorationType.RANDOM):
             torch.manual_seed(config.seed)
-            observations = env.rollout(steps, actor, break_when_any_done=False)["observation"].flatten(0, 1)
-            index = torch.randperm(observations.shape[0])[: config.quality_states]
+            rollout = env.rollout(steps, actor, break_when_any_done=False)
+            index = torch.randperm(rollout.numel())[: config.quality_states].to(device)
     finally:
         env.close()
-    return observations[index.to(device)]
+    action, done = rollout["action"], rollout["next", "done"]
+    inputs = {
+        "observation": rollout["observation"],
+        actor.previous_action_key: torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1),
+        actor.is_init_key: torch.cat([torch.ones_like(done[:, :1]), done[:, :-1]], 1),
+    }
+    return TensorDict(inputs, rollout.shape).flatten(0, 1)[index]
 
 
 def _adjusted(run: TrainConfig, config: ProfileConfig) -> TrainConfig:

@@ -28,7 +28,7 @@ TINY_PROFILE = (
 
 def test_a_sweep_appends_to_one_profile_and_prints_its_table(tmp_path: Path) -> None:
     options = [option for option in TINY_PROFILE if not option.startswith("steps")]
-    result = run("profile", "-m", *options, "steps_per_level=[1],[2,3]", "run_dir=p", "trace=t.json", cwd=tmp_path)
+    result = run("profile", "-m", *options, "steps_per_level=[1],[2,3]", "run_dir=p", "--trace=t.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     whole = json.loads((tmp_path / "p" / "profile.json").read_text())
     assert len(whole["runs"]) == 2

@@ -22,6 +22,7 @@ from nclql_torchrl.training import ConfigError
         ({"levels": []}, "levels is empty; expected at least one value."),
         ({"hidden_sizes": []}, "hidden_sizes is empty"),
         ({"states": [4, -1]}, "states is -1; expected at least 1."),
+        ({"start_level": [None, -1]}, "start_level is -1; expected at least 0."),
         ({"quality_states": 1}, "quality_states is 1; expected at least 2."),
         ({"execution": ["compiled"]}, "execution is 'compiled'; expected one of eager, compile, "),
         ({"precision": ["float16"]}, "did you mean 'bfloat16'?"),

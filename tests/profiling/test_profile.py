@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from envs import make_env
 from nclql_torchrl import NoiseSchedule
 from nclql_torchrl.profiling import ProfileConfig, profile, quality, report, subject
 from nclql_torchrl.profiling.availability import unavailable
@@ -129,8 +130,20 @@ def test_a_setting_that_fails_is_skipped_with_its_reason(tmp_path: Path, monkeyp
     assert entry["setting"] == "eager float32 langevin on cpu, 2 x 1 steps, 4 states, 1 particles"
 
 
-def test_a_trained_critic_adds_returns(tmp_path: Path, tiny_config: Callable[..., TrainConfig]) -> None:
-    run = train(tiny_config("collector.total_frames=60"))["run_dir"]
+@pytest.mark.parametrize(
+    "overrides", [(), ("sampler.start_level=1", "sampler.warm_start=true", "env.task_options.g=5")]
+)
+def test_a_trained_critic_adds_returns(
+    overrides: tuple[str, ...],
+    tmp_path: Path,
+    tiny_config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = train(tiny_config("collector.total_frames=60", *overrides))["run_dir"]
+    visited: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        subject, "make_env", lambda *args, **options: (visited.append(options), make_env(*args, **options))[1]
+    )
     result = profile(tiny(tmp_path / "p", levels=[1, 3], steps_per_level=[2], checkpoint=run, episodes=2))
     short, own = result["rows"]
     config, actor = load_policy(run, torch.device("cpu"))
@@ -141,13 +154,48 @@ def test_a_trained_critic_adds_returns(tmp_path: Path, tiny_config: Callable[...
         seed=config.seed + SEED_OFFSET,
         gamma=config.optim.gamma,
         reward_scale=config.optim.reward_scale,
+        task_options=config.env.task_options,
     )
+    assert visited[0].get("g") == config.env.task_options.get("g")
     # The run's own schedule: the very policy that nclql-evaluate plays, on the same initial states.
     assert own["sigma_max"] == config.sampler.sigma_max and own["schedule_change"] == ""
+    assert (own["start_level"], own["warm_start"]) == (config.sampler.start_level, config.sampler.warm_start)
+    assert short["start_level"] == 0 and own["langevin_steps"] == 2 * (3 - own["start_level"])
     assert own["return_mean"] == pytest.approx(expected.mean)
     assert short["return_mean"] != own["return_mean"]
     whole = report.read(tmp_path / "p")
     assert whole is not None and whole["runs"][0]["trained"] and "Pendulum-v1" in whole["runs"][0]["critic"]
+
+
+def test_skipped_levels_and_warm_starts_have_rows_of_their_own(
+    tmp_path: Path, tiny_config: Callable[..., TrainConfig]
+) -> None:
+    grid: dict[str, Any] = {
+        "levels": [3],
+        "steps_per_level": [2],
+        "start_level": [0, 2, 3],
+        "warm_start": [False, True],
+    }
+    run = train(tiny_config("collector.total_frames=60"))["run_dir"]
+    result = profile(tiny(tmp_path / "p", **grid, checkpoint=run, episodes=1, quality_states=64, quality_chains=8))
+    rows = {(row["start_level"], row["warm_start"]): row for row in result["rows"]}
+    assert list(rows) == [(0, False), (0, True), (2, False), (2, True)]
+    assert result["skipped"] == [{"setting": "start_level 3, 3 levels", "reason": "The levels are 0 to 2."}]
+    assert [row["langevin_steps"] for row in rows.values()] == [6, 6, 2, 2]
+    # A critic of a few updates hardly moves its chains. Cold ones start all over the box, with a deviation of
+    # 1 / sqrt(3); warm ones from one action plus noise of at most 0.02, but in the few states that begin an episode.
+    for start_level in (0, 2):
+        assert rows[start_level, True]["spread"] < 0.5 * rows[start_level, False]["spread"]
+    assert len({row["return_mean"] for row in rows.values()}) == 4
+    assert len({row["tv_four_modes"] for row in rows.values()}) == 2, "analytic targets know no previous action"
+    text = report.table(result["rows"], result["skipped"])
+    assert "from level" in text and "warm" in text
+
+    (row,) = (untrained := profile(tiny(tmp_path / "u", **grid | {"start_level": [2]})))["rows"]
+    assert not row["warm_start"] and row["start_level"] == 2
+    assert (
+        untrained["skipped"][0]["setting"] == "warm_start" and "previous actions" in untrained["skipped"][0]["reason"]
+    )
 
 
 def test_a_profile_that_is_killed_in_its_episodes_keeps_what_it_measured(
