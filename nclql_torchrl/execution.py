@@ -19,10 +19,12 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.experimental.proxy_tensor import make_fx
 from torchrl import torchrl_logger
 
@@ -80,8 +82,42 @@ def compiled(function: Function) -> Function:
         return function(*args)
 
     program.__code__ = program.__code__.replace()
+    return _compile(program)  # pyright: ignore[reportReturnType]
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile, which also gets over what a killed process has left in torch's cache on disk.
+
+    A process that dies while a library is being linked leaves an empty file, which torch 2.13 takes for the library in
+    every later process. It is deleted and built again; a library that is empty then too is an error.
+    """
     # dynamic=False: a shape that changes at run time (a smaller last batch) compiles its own fast version.
-    return torch.compile(program, fullgraph=True, dynamic=False)  # pyright: ignore[reportReturnType]
+    program = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return program(*args)
+        deleted: set[Path] = set()
+        while True:
+            try:
+                return program(*args)
+            except BackendCompilerFailed as error:
+                library = _unfinished_library(error)
+                if library is None or library in deleted:
+                    raise
+            torchrl_logger.warning(f"{library} was left unfinished by a killed process: deleted and built again.")
+            library.unlink(missing_ok=True)
+            deleted.add(library)
+
+    return call
+
+
+def _unfinished_library(error: BackendCompilerFailed) -> Path | None:
+    """The library that could not be loaded because its file ends too early, if that is what the error is about."""
+    cause = getattr(error, "inner_exception", None)
+    if not isinstance(cause, ImportError) or cause.path is None or not str(cause).endswith(": file too short"):
+        return None
+    return Path(cause.path)
 
 
 def capture(function: Callable[..., tuple[Any, ...]], inputs: Sequence[Tensor]) -> Callable[..., tuple[Any, ...]]:
@@ -219,7 +255,7 @@ class Program:
         # Shapes, and where the other tensors are: moved ones belong to another graph.
         key = (*[tensor.shape for tensor in inputs], *[tensor.data_ptr() for tensor in self._tensors])
         if key not in self._traced:
-            traced = torch.compile(_trace(self._function, inputs), fullgraph=True, dynamic=False)
+            traced = _compile(_trace(self._function, inputs))
             self._traced[key] = capture(traced, inputs) if self._execution == "cudagraph" else traced
         return self._traced[key](*inputs)
 

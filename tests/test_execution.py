@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,12 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+from torch._inductor.cpp_builder import CppBuilder
+from torch._inductor.exc import InductorError
+from torch._inductor.utils import fresh_cache
 from torchrl.collectors import Collector
 from torchrl.data import Bounded
 from torchrl.envs import GymEnv, SerialEnv
@@ -103,6 +110,80 @@ def test_compiled_is_eager_follows_parameters_and_compiles_once(pair: tuple[Lang
     assert counters["stats"]["unique_graphs"] == before, "no recompilation"
     with torch.inference_mode():
         assert compiled(observations(6))["action"].isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", ["mala", "underdamped", "preconditioned"])
+def test_a_loop_over_the_levels_is_eager_with_every_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loops: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        loops.append(any("while_loop" in str(node.target) for node in graph.graph.nodes))
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    # Traced as it is for a compiler, but run without one: seconds instead of minutes.
+    monkeypatch.setattr(execution.torch, "compile", partial(torch.compile, backend=backend))
+    options: dict[str, Any] = {
+        "kernel": kernel,
+        "normalize_gradient": False,
+        "boundary": "reflect",
+        "steps_per_level": 2,
+    }
+    eager = make("standard", schedule=NoiseSchedule(4, 0.07, 0.01), **options)
+    looped = like(eager, schedule=NoiseSchedule(4, 0.07, 0.01), execution="compile", **options)
+    value = eager.action_value(observations(50))
+    noise_dim = eager.sampler.kernel.noise_dim(2)
+    start, noise = torch.rand(1, 50, 2) * 2 - 1, torch.randn(3, 2, 1, 50, noise_dim)
+    expected, statistics = eager.sampler.sample(value, start, noise, start_level=1)
+    action, found = looped.sampler.sample(value, start, noise, start_level=1)
+    # Both round each of some hundred float32 operations: the same ones, but some in another order.
+    torch.testing.assert_close(action, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, statistics, atol=1e-5, rtol=0)
+    assert (action - start).abs().max() > 0.01, "chains move"
+    assert loops and all(loops)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not execution._has_cpp_compiler(), reason="needs a C++ compiler")
+def test_a_library_that_a_killed_process_left_empty_is_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[Path] = []
+    said: list[str] = []
+    build = CppBuilder.build
+
+    def killed_once(self: CppBuilder) -> None:
+        build(self)
+        library = Path(self.get_target_file_path())
+        if library.name.endswith(".main.so") and not emptied:
+            library.unlink()
+            library.touch()
+            emptied.append(library)
+
+    monkeypatch.setattr(CppBuilder, "build", killed_once)
+    monkeypatch.setattr(execution.torchrl_logger, "warning", said.append)
+    x = torch.randn(5)
+    with fresh_cache(), inductor.patch(compile_threads=1):
+        torch.testing.assert_close(execution.compiled(lambda x: x.sin() + 1.25)(x), x.sin() + 1.25)
+        assert emptied[0].stat().st_size > 0
+    assert said == [f"{emptied[0]} was left unfinished by a killed process: deleted and built again."]
+
+
+def test_only_an_unfinished_library_is_deleted_and_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, said = tmp_path / "a.main.so", []
+    monkeypatch.setattr(execution.torchrl_logger, "warning", said.append)
+
+    def failing(text: str) -> Callable[[], None]:
+        def program() -> None:
+            library.touch()
+            raise InductorError(ImportError(f"{library}: {text}", path=str(library)), None)
+
+        monkeypatch.setattr(execution.torch, "compile", lambda *args, **options: program)
+        return execution.compiled(lambda: None)
+
+    with pytest.raises(InductorError, match="undefined symbol"):
+        failing("undefined symbol: f")()
+    assert library.exists() and not said
+    with pytest.raises(InductorError, match="file too short"):
+        failing("file too short")()
+    assert len(said) == 1, "a library that stays empty, on a full disk say, is an error"
 
 
 @pytest.mark.slow
