@@ -199,7 +199,7 @@ def _visited(subject: Subject, config: ProfileConfig) -> TensorDict:
         actor.previous_action_key: torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1),
         actor.is_init_key: torch.cat([torch.ones_like(done[:, :1]), done[:, :-1]], 1),
     }
-    return TensorDict(inputs, rollout.shape).flatten(0, 1)[index]
+    return TensorDict(inputs, rollout.shape).reshape(-1)[index]
 
 
 def _adjusted(run: TrainConfig, config: ProfileConfig) -> TrainConfig:
