@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from nclql_torchrl.commands.evaluate import EvaluateConfig
 from nclql_torchrl.commands.export import ExportConfig
-from nclql_torchrl.commands.profile import as_list
+from nclql_torchrl.commands.profile import as_list, as_override
 from nclql_torchrl.profiling import ProfileConfig
 from nclql_torchrl.profiling.config import validate as validate_profile
 from nclql_torchrl.training import TrainConfig, config, validate
@@ -115,7 +115,7 @@ def test_commands_are_accepted() -> None:
         config.check_override_keys(arguments, ExportConfig)
     assert commands("nclql-profile")
     for arguments in commands("nclql-profile"):
-        options = [as_list(text, "-m" in arguments) for text in arguments]
+        options = [as_list(as_override(text), "-m" in arguments) for text in arguments]
         config.check_override_keys(options, ProfileConfig)
         options = [text for text in options if not re.match(r"-m$|.*\],\[", text)]
         values = OmegaConf.merge(OmegaConf.structured(ProfileConfig), OmegaConf.from_dotlist(options))

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase, TensorDictParams
 from torch import Tensor
 
 from nclql_torchrl.critic import NoiseConditionedQNetwork
 from nclql_torchrl.schedule import NoiseSchedule
 from nclql_torchrl.training.config import SamplerConfig
-from nclql_torchrl.value import ActionValue, LevelValue
+from nclql_torchrl.value import ActionValue, Level, LevelValue
 
 
 def base_schedule(sampler: SamplerConfig) -> NoiseSchedule:
@@ -99,6 +100,7 @@ class ResampledQNetwork(NoiseConditionedQNetwork):
     ) -> None:
         super().__init__(observation_dim, action_dim, hidden_sizes, **options)
         self.critic_levels, self.num_levels = tuple(critic_levels), num_levels
+        self.level_index = torch.tensor(self.critic_levels, device=options.get("device"))
 
     def action_value(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, parameters: TensorDictParams | TensorDictBase, observation: Tensor, *, num_levels: int, **options: Any
@@ -106,20 +108,31 @@ class ResampledQNetwork(NoiseConditionedQNetwork):
         """Q at fixed observations, for the sampler; ``num_levels`` are the schedule's."""
         value = super().action_value(parameters, observation, num_levels=self.num_levels, **options)
         assert num_levels == len(self.critic_levels)
-        return ResampledActionValue(value, self.critic_levels)
+        return ResampledActionValue(value, self.critic_levels, self.level_index)
 
 
 class ResampledActionValue(ActionValue):
-    """Another :class:`ActionValue` with its levels chosen anew: level ``k`` is its level ``critic_levels[k]``."""
+    """Another :class:`ActionValue` with its levels chosen anew: level ``k`` is its level ``critic_levels[k]``.
 
-    def __init__(self, value: ActionValue, critic_levels: tuple[int, ...]) -> None:
-        self.value, self.critic_levels = value, critic_levels
+    Args:
+        value: takes levels that are tensors, so that what is compiled is the loop that users get.
+        critic_levels: its level at each level of the sampler's schedule.
+        level_index: the same as a tensor.
+    """
+
+    takes_tensor_levels = True
+
+    def __init__(self, value: ActionValue, critic_levels: tuple[int, ...], level_index: Tensor) -> None:
+        assert value.takes_tensor_levels
+        self.value, self.critic_levels, self.level_index = value, critic_levels, level_index
         self.batch_shape, self.dtype, self.device = value.batch_shape, value.dtype, value.device
 
-    def levels(self) -> Callable[[int], LevelValue]:
+    def levels(self) -> Callable[[Level], LevelValue]:
         """The landscape over actions as a function of the schedule's level."""
-        landscape, critic_levels = self.value.levels(), self.critic_levels
-        return lambda level: landscape(critic_levels[level])
+        landscape, critic_levels, level_index = self.value.levels(), self.critic_levels, self.level_index
+        return lambda level: landscape(
+            critic_levels[level] if isinstance(level, int) else level_index.index_select(0, level)
+        )
 
     @property
     def observations(self) -> tuple[Tensor, ...]:
@@ -128,7 +141,7 @@ class ResampledActionValue(ActionValue):
 
     def at_observations(self, observations: tuple[Tensor, ...]) -> ResampledActionValue:
         """The same at other observations."""
-        return ResampledActionValue(self.value.at_observations(observations), self.critic_levels)
+        return ResampledActionValue(self.value.at_observations(observations), self.critic_levels, self.level_index)
 
     @property
     def parameters(self) -> list[Tensor]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
+from torch._dynamo import lookup_backend
 
 from nclql_torchrl import NoiseSchedule
 from nclql_torchrl.langevin import LangevinSampler
@@ -83,6 +86,25 @@ def test_the_critics_own_schedule_gives_the_critics_own_actions() -> None:
     # With fewer levels the last one is still the noise-free landscape.
     short = subject.actor(Setting(3, 2, 4, 1, "eager", "float32", "cpu")).action_value(states)
     torch.testing.assert_close(short.at_level(2).heads(action), value.at_level(9).heads(action))
+
+
+@torch.no_grad()
+def test_what_is_compiled_is_the_loop_that_users_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        loops.append(any("while_loop" in str(node.target) for node in graph.graph.nodes))
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    subject = untrained(ProfileConfig(observation_dim=3, action_dim=2, hidden_sizes=[8], quality_states=4), CPU)
+    eager, compiled = (subject.actor(Setting(5, 1, 4, 1, mode, "float32", "cpu")) for mode in ("eager", "compile"))
+    states = subject.states(4)
+    states["initial_action"], states["langevin_noise"] = torch.zeros(4, 1, 2), torch.randn(4, 1, 5, 1, 2)
+    expected = eager(states.clone())["action"]
+    # Two float32 programs of five steps.
+    torch.testing.assert_close(compiled(states.clone())["action"], expected, atol=1e-5, rtol=0)
+    assert loops and all(loops)
 
 
 def test_states_repeat_where_there_are_not_enough() -> None:
