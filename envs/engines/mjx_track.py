@@ -51,7 +51,7 @@ def same_along(model: Model, coordinate: int) -> bool:
     # Tendons and motors that act on anything but joints may pull towards a place, and so may those on this joint.
     on_joints = np.isin(model.actuator_trntype, (mujoco.mjtTrn.mjTRN_JOINT, mujoco.mjtTrn.mjTRN_JOINTINPARENT)).all()
     on_joints &= (model.wrap_type == mujoco.mjtWrap.mjWRAP_JOINT).all()
-    tied = model.jnt_limited[joint] or model.jnt_stiffness[joint] or model.neq
+    tied = model.jnt_limited[joint] or model.jnt_stiffness[joint] or model.neq or model.nflex
     tied = tied or joint in model.wrap_objid or joint in model.actuator_trnid[:, 0]
     return bool(planes.all() and (slopes < np.finfo(np.float32).eps).all() and on_joints and not tied)
 

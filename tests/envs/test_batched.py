@@ -41,8 +41,7 @@ def test_specs(engine: str) -> None:
 
 
 def test_transforms_are_right_across_resets(engine: str) -> None:
-    transforms = Compose(RewardSum(), StepCounter(), InitTracker())
-    env: Any = TransformedEnv(make(engine), transforms)  # pyright: ignore[reportArgumentType]
+    env = TransformedEnv(make(engine), Compose(RewardSum(), StepCounter(), InitTracker()))  # pyright: ignore
     rollout = env.rollout(5 * MAX_EPISODE_STEPS, break_when_any_done=False)
     rewards, done = rollout["next", "reward"][..., 0], rollout["next", "done"][..., 0]
     assert rollout["next", "truncated"].any()

@@ -315,7 +315,7 @@ def test_a_wall_and_forces_computed_on_demand_are_gymnasiums(ball: MJXEngine) ->
     reference.reset()
     qpos, qvel = np.zeros(2), np.array([5.0, 0.0])
     reference.set_state(qpos, qvel)
-    states = (torch.from_numpy(np.stack([value, value])) for value in (qpos, qvel))
+    states = [torch.from_numpy(np.stack([value, value])) for value in (qpos, qvel)]
     engines = ball, MujocoEngine(ball.task, 2)
     for engine in engines:
         engine.set_state(*states)

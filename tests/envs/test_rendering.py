@@ -40,7 +40,7 @@ def test_frames_show_their_environments() -> None:
 
 @pytest.mark.parametrize("engine", ["mujoco", pytest.param("mjx", marks=pytest.mark.slow)])
 def test_an_ended_episode_is_shown_where_it_ended(engine: str) -> None:
-    env = make_env("InvertedPendulum-v5", 4, engine=engine, seed=1)
+    env = make_env("InvertedPendulum-v5", 4, engine=engine, seed=1, max_episode_steps=6)
     assert isinstance(env, BatchedEnv)
     state = torch.zeros(4, 2)
     state[:, 0] = torch.tensor([0.5, 0.5, -0.5, 0.0])
