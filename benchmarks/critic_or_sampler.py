@@ -93,15 +93,18 @@ def compare(config: LearningConfig) -> dict[str, Any]:
     env = make_env(config.task.name, 1, engine="gymnasium", seed=config.seed)
     problem = make_problem(config.task, env)
     actors: dict[str, TensorDictModuleBase] = {"best of a grid": GridActor(loss, problem)}
-    own = {"execution": "eager", **config.algorithm.options.get("sampler", {})}
+    own = config.algorithm.options.get("sampler", {}) | {"execution": "eager", "w": loss.sampler.w.item()}
     for name, chain in CHAINS.items():
         settings = make_config(problem, config.algorithm.options | {"sampler": own | chain})
-        actor = make_actor_for(
-            settings, problem.observation_dim, problem.action_spec, torch.device("cpu"), loss, diagnostics=True
+        actors[name] = make_actor_for(
+            settings,
+            problem.observation_dim,
+            problem.action_spec,
+            torch.device("cpu"),
+            loss,
+            diagnostics=True,
+            share_sampler=False,
         )
-        # It shares the loss's w, that of training.
-        actor.sampler.w = torch.full_like(loss.sampler.w, float(settings.sampler.w))
-        actors[name] = actor
     evaluations = {
         name: evaluate(config, Algorithm(algorithm.actor, loss, algorithm.update, actor, algorithm.reward_scale))
         for name, actor in actors.items()

@@ -91,10 +91,12 @@ def make_actor_for(
     loss: NCLQLLoss | None = None,
     diagnostics: bool = False,
     network_class: Callable[..., NoiseConditionedQNetwork] = NoiseConditionedQNetwork,
+    share_sampler: bool = True,
 ) -> LangevinActor:
     """:func:`make_actor` without an environment: for observations of a size and actions of a spec.
 
-    ``network_class`` makes the critics; it is called like NoiseConditionedQNetwork.
+    ``network_class`` makes the critics; it is called like NoiseConditionedQNetwork. Without ``share_sampler`` the chain
+    is that of ``config`` even where there is a loss, whose critics it reads.
     """
 
     def critic() -> ValueOperator:
@@ -130,7 +132,7 @@ def make_actor_for(
         precision=sampler.precision,  # pyright: ignore[reportArgumentType]
         diagnostics=diagnostics,
     )
-    if loss is not None:
+    if loss is not None and share_sampler:
         # The same w, which is tuned in place, and the same compiled programs.
         actor.sampler = loss.sampler
     return actor

@@ -53,7 +53,8 @@ class ObservationNormalizer:
 
     def update(self, observation: Tensor) -> None:
         """Takes newly collected observations, shape [*batch, observation_dim]."""
-        observed = observation.reshape(-1, observation.shape[-1]).double()
+        # Workers may collect on another device than the learner's.
+        observed = observation.reshape(-1, observation.shape[-1]).to(self.mean.device, self.mean.dtype)
         moments = torch.stack([observed.mean(0), observed.square().mean(0)])
         if self.average is not None:
             self.average(moments)

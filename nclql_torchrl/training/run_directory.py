@@ -184,11 +184,22 @@ class RunDirectory:
         """Adds a row to metrics.csv. Names must be among :data:`METRICS`.
 
         Raises:
-            OSError: if it cannot be written, such as on a full disk; then it is written before the next row.
+            OSError: if it cannot be written, such as on a full disk; then :meth:`flush_metrics` writes it, or the next
+                row does.
         """
         line = io.StringIO(newline="")
         csv.DictWriter(line, METRICS).writerow(row)
         self._unwritten += line.getvalue()
+        self.flush_metrics()
+
+    def flush_metrics(self) -> None:
+        """Writes the rows that could not be written before.
+
+        Raises:
+            OSError: if they still cannot.
+        """
+        if not self._unwritten:
+            return
         size = self.metrics.stat().st_size
         try:
             with self.metrics.open("a", newline="") as file:

@@ -173,6 +173,8 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
             # The other ranks keep one more: rank 0's, the last to be written, may not be.
             keep = config.checkpoint.keep + min(1, learners.rank)
             with learners.rank_zero_last():
+                # A resumed run keeps the rows that its checkpoint counts: they have to be there.
+                run.flush_metrics()
                 described = {**metadata, "updates": updates, "reported_frames": reported_frames}
                 path = save_checkpoint(checkpoint, run.checkpoints, frames=frames, keep=keep, metadata=described)
         except OSError as error:
@@ -296,8 +298,11 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
     if evaluation is None or evaluated_at != frames:
         with stop.abandonable():
             evaluation = run_evaluation(config, probe)
-        seconds = previous_seconds + time.monotonic() - start
-        report(run, logger, {"frames": frames, "updates": updates, "wall_time": seconds, **evaluation_row(evaluation)})
+        # When a finished run is resumed, the row is there already.
+        if not any(row["frames"] == frames and "evaluation_return" in row for row in run.read_metrics()):
+            seconds = previous_seconds + time.monotonic() - start
+            row = {"frames": frames, "updates": updates, "wall_time": seconds, **evaluation_row(evaluation)}
+            report(run, logger, row)
         keep_best(checkpoint, run, evaluation, frames, metadata)
     summary = {
         "task": config.env.task,
@@ -309,6 +314,7 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
         "updates": updates,
         "seconds": previous_seconds + time.monotonic() - start,
     }
+    run.flush_metrics()
     run.write_summary(summary)
     run.draw_learning_curve(config.env.task)
     return {**summary, "run_dir": str(run.path)}

@@ -20,7 +20,8 @@ import pytest
 import torch
 from torchrl.record.loggers import CSVLogger
 
-from nclql_torchrl.training import RunDirectory, TrainConfig, loggers, train, training
+from envs import make_env
+from nclql_torchrl.training import RunDirectory, TrainConfig, loggers, memory, train, training
 from nclql_torchrl.training.checkpoint import latest_checkpoint
 from nclql_torchrl.training.config import ConfigError, load_config
 from nclql_torchrl.training.interruption import StopRequest
@@ -274,13 +275,24 @@ def test_a_logger_that_fails_stops_nothing_and_is_mentioned_once(
 
 
 def test_a_replay_buffer_that_does_not_fit_is_refused(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    # Pendulum-v1: 3 + 1 + 3 numbers, a reward, two flags.
+    # Pendulum-v1: 3 + 1 + 3 numbers, a reward, two flags, the index.
     message = (
-        r"is 1,000,000,000,000: transitions of 34 bytes make that 31665.0 GiB, and .* are free on cpu; expected at"
+        r"is 1,000,000,000,000: transitions of 42 bytes make that 39115.5 GiB, and .* are free on cpu; expected at"
     )
     with pytest.raises(ConfigError, match=message):
         train(tiny_config("replay_buffer.size=1000000000000"))
     assert not (tmp_path / "run").exists()
+
+
+def test_learners_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make_env("Pendulum-v1", 2)
+    each = memory.transition_bytes(env, ["observation"])
+    assert each == 3 * 4 + 8
+    monkeypatch.setattr(memory, "free_memory", lambda device: 150 * each)
+    memory.check_replay_fits(100, env, ["observation"], torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="expected at most 75"):
+        memory.check_replay_fits(100, env, ["observation"], torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torchrl.data import Bounded
@@ -40,6 +41,14 @@ def test_the_statistics_are_those_of_all_observations() -> None:
         torch.testing.assert_close(deviation, expected, rtol=1e-2, atol=0.0)
         torch.testing.assert_close(deviation[:, :2], expected[:, :2])
     assert not any("observation" in name for name, _ in loss.named_parameters()), "nothing that is trained"
+
+
+def test_observations_may_be_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    normalizer = ObservationNormalizer(make_loss())
+    normalizer.mean, normalizer.variance = normalizer.mean.to("meta"), normalizer.variance.to("meta")
+    monkeypatch.setattr(normalizer, "_write", lambda: None)  # the critics are not there
+    normalizer.update(torch.zeros(4, 3))
+    assert normalizer.mean.device.type == "meta" and normalizer.count == 4
 
 
 def test_learners_share_their_statistics() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -210,7 +211,37 @@ def test_resuming_a_finished_run_extends_it(tiny_config: Callable[..., TrainConf
     config.resume = config.run_dir
     config.collector.total_frames = 140
     assert train(config)["frames"] == 140
-    assert RunDirectory.open(tmp_path / "run").read_metrics()[-1]["frames"] == 140
+    rows = RunDirectory.open(tmp_path / "run").read_metrics()
+    assert rows[-1]["frames"] == 140 and "evaluation_return" in rows[-1]
+    # Nothing is left to do, and nothing is reported twice.
+    train(config)
+    assert RunDirectory.open(tmp_path / "run").read_metrics() == rows
+
+
+def test_a_checkpoint_counts_no_row_that_is_not_written(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file, save_checkpoint = Path.open, training.save_checkpoint
+    full = iter([False, True])
+    saved: list[tuple[int, float]] = []
+
+    def open_on_a_full_disk(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if path.name == "metrics.csv" and mode == "a" and next(full, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open_file(path, mode, *args, **kwargs)
+
+    def save_and_look(*args: Any, frames: int, **kwargs: Any) -> Path:
+        saved.append((frames, RunDirectory.open(tmp_path / "run").read_metrics()[-1]["frames"]))
+        return save_checkpoint(*args, frames=frames, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_on_a_full_disk)
+    monkeypatch.setattr(training, "save_checkpoint", save_and_look)
+    config = tiny_config("logger.log_interval=40", "checkpoint.interval=40", "logger.eval_interval=1000")
+    config.collector.total_frames = 120
+    config.collector.init_random_frames = 40
+    train(config)
+    assert (80, 80) in saved
+    assert [row["frames"] for row in RunDirectory.open(tmp_path / "run").read_metrics()] == [40, 80, 120, 120]
 
 
 class FaultyEnv(EnvBase):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The lines of this directory's JSON files: benchmarks/results/learning/grid.sh pendulum|inverted|double|reacher|swimmer|hopper|halfcheetah
-# and benchmarks/results/learning/grid.sh options|combinations|ablations|tau [TASK].
+# and benchmarks/results/learning/grid.sh options|combinations|ablations|tau [TASK] or double-ablations.
 # Finished runs are skipped, so a grid that was stopped is continued by the same command.
 cd "$(dirname "$0")/../../.." || exit
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -17,12 +17,12 @@ change() {
     "${@/#/++algorithm.options.}" output="benchmarks/results/learning/$TASK-$file.jsonl"
 }
 
-# One change to the preset best: combine NAME [section.key=value ...]
-combine() {
-  local name=$1
-  shift
+# One change to the preset best: change_best FILE NAME [section.key=value ...]
+change_best() {
+  local file=$1 name=$2
+  shift 2
   learn algorithm=nclql_best task="$TASK" seed=0,1,2 "algorithm.name='$name'" "${@/#/++algorithm.options.}" \
-    output="benchmarks/results/learning/$TASK-combinations.jsonl"
+    ${FRAMES:+task.total_frames=$FRAMES} output="benchmarks/results/learning/$TASK-$file.jsonl"
 }
 
 ALL=sac,nclql,sql,td3,qsm,lql,nclql_best
@@ -32,7 +32,7 @@ case $1 in
   inverted) for seed in 0 1 2; do learn algorithm=sac,nclql,nclql_best task=InvertedPendulum-v5 seed=$seed; done ;;
   reacher) for seed in 0 1 2; do learn algorithm=$ALL task=Reacher-v5 seed=$seed; done ;;
   halfcheetah) for seed in 0 1 2; do learn algorithm=sac,nclql_best,nclql task=HalfCheetah-v5 seed=$seed; done ;;
-  hopper) for seed in 0 1 2; do learn algorithm=nclql,sac,nclql_best task=Hopper-v5 seed=$seed; done ;;
+  hopper) for seed in 0 1 2; do learn algorithm=sac,nclql_best,nclql task=Hopper-v5 seed=$seed; done ;;
   swimmer) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=Swimmer-v5 seed=$seed; done ;;
   double) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=InvertedDoublePendulum-v5 seed=$seed; done ;;
   options) # what might make it better, one at a time
@@ -49,9 +49,9 @@ case $1 in
     change options "best of 8 when evaluating" sampler.deterministic_num_particles=8
     ;;
   combinations) # what helped alone, with the preset best
-    combine "best, observation normalisation" network.normalize_observation=true
-    combine "best, w 50" sampler.w=50
-    combine "best, raw gradient" sampler.normalize_gradient=false
+    change_best combinations "best, observation normalisation" network.normalize_observation=true
+    change_best combinations "best, w 50" sampler.w=50
+    change_best combinations "best, raw gradient" sampler.normalize_gradient=false
     ;;
   tau) # is it the tuning? SAC with the targets, and with the learning rate, of nclql_best
     for lr in 3e-4 1e-3; do
@@ -73,5 +73,14 @@ case $1 in
     change ablations "20 levels x 2" sampler.num_levels=20
     change ablations "raw gradient, w 50" sampler.normalize_gradient=false sampler.w=50
     ;;
-  *) echo "expected pendulum, inverted, double, reacher, swimmer, hopper, halfcheetah, tau, options, combinations or ablations" >&2; exit 2 ;;
+  double-ablations) # the ablations of a second task, of the preset best: the first 7,000 steps, within which it learns
+    TASK=InvertedDoublePendulum-v5 FRAMES=7000
+    change_best ablations "LQL, step 1e-3" sampler.num_levels=1 sampler.steps_per_level=20 sampler.step_lr=1e-3
+    change_best ablations "raw gradient" sampler.normalize_gradient=false
+    change_best ablations "w 50" sampler.w=50
+    change_best ablations "5 levels x 2" sampler.num_levels=5 sampler.sigma_max=0.01
+    change_best ablations "sigma_max 0.3" sampler.sigma_max=0.3 sampler.num_levels=13
+    change_best ablations "10 x 4" sampler.steps_per_level=4
+    ;;
+  *) echo "expected pendulum, inverted, double, reacher, swimmer, hopper, halfcheetah, tau, options, combinations, ablations or double-ablations" >&2; exit 2 ;;
 esac
