@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -78,10 +79,10 @@ class Loop:
         return count / (time.perf_counter() - begin)
 
 
-def measure(num_envs: int, rounds: int, seconds: float, threads: int) -> dict[str, Any]:
+def measure(num_envs: int, rounds: int, seconds: float, threads: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Vector steps per second of both loops, and the median of the rounds' ratios."""
     loops = {
-        name: Loop(configure("cpu", num_envs, [f"collector.backend={name}", "env.engine=mujoco"]), threads)
+        name: Loop(configure("cpu", num_envs, [f"collector.backend={name}", "env.engine=mujoco", *overrides]), threads)
         for name in BACKENDS
     }
     for loop in loops.values():
@@ -108,9 +109,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of every measurement")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path)
+    parser.add_argument("overrides", nargs="*", help="name=value, as of nclql-train")
     arguments = parser.parse_args()
     for num_envs in arguments.num_envs:
-        row = measure(num_envs, arguments.rounds, arguments.seconds, arguments.threads)
+        row = measure(num_envs, arguments.rounds, arguments.seconds, arguments.threads, arguments.overrides)
         print(json.dumps(row), flush=True)
         if arguments.output:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)

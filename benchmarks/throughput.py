@@ -40,6 +40,8 @@ from nclql_torchrl.training.components import (
 )
 from nclql_torchrl.training.config import load_config, validate
 from nclql_torchrl.training.metrics import MetricsWindow
+from nclql_torchrl.training.time_profile import gpu_busy
+from nclql_torchrl.training.training import ENDED_KEYS
 
 PRESETS = Path(next(iter(nclql_torchrl.conf.__path__))) / "preset"
 REPLAYED = 4
@@ -94,7 +96,9 @@ def measure(config: TrainConfig, updates_per_step: int, seconds: float) -> dict[
     batches = iter(collector)
 
     def collect() -> None:
-        replay_buffer.extend(next(batches).reshape(-1).select(*loss.in_keys))
+        batch = next(batches)
+        batch.select(*ENDED_KEYS).cpu()  # as the training loop does, to see what has ended
+        replay_buffer.extend(batch.reshape(-1).select(*loss.in_keys))
 
     def train() -> None:
         collect()
@@ -122,7 +126,7 @@ def measure(config: TrainConfig, updates_per_step: int, seconds: float) -> dict[
     steps = rate(train, seconds, device)
     row["loop_steps_per_second"], row["loop_updates_per_second"] = steps * num_envs, steps * updates_per_step
     if device.type == "cuda":
-        row["loop_gpu_busy"] = gpu_busy(train)
+        row["loop_gpu_busy"] = traced_gpu_busy(train)
     collector.shutdown()
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
 
@@ -132,8 +136,8 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def gpu_busy(call: Callable[[], object], calls: int = 10) -> float:
-    """Share of the time in which the GPU runs a kernel, whoever launched it."""
+def traced_gpu_busy(call: Callable[[], object], calls: int = 10) -> float:
+    """Share of the time in which the GPU runs anything."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         begin = time.perf_counter()
@@ -141,7 +145,7 @@ def gpu_busy(call: Callable[[], object], calls: int = 10) -> float:
             call()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-    return sum(event.self_device_time_total for event in trace.key_averages()) / 1e6 / seconds
+    return gpu_busy(trace, seconds)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

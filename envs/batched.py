@@ -25,12 +25,12 @@ LARGEST_NUMBER = 1e10
 
 
 class Step(NamedTuple):
-    """What one control step of a batch yields."""
+    """What one control step of a batch yields; observations and rewards are float32 or float64."""
 
     next_observation: torch.Tensor
-    """What the step led to, [num_envs, observation_dim] float32; of an ended episode its true last observation."""
+    """What the step led to, [num_envs, observation_dim]; of an ended episode its true last observation."""
     reward: torch.Tensor
-    """[num_envs] float32."""
+    """[num_envs]."""
     terminated: torch.Tensor
     """Whether the task ended, [num_envs] bool."""
     truncated: torch.Tensor
@@ -39,7 +39,9 @@ class Step(NamedTuple):
     """Whether the simulation was lost to numbers that are not finite or beyond ``LARGEST_NUMBER``, [num_envs] bool.
     Then the episode is terminated, and its last observation and reward are zeros."""
     observation: torch.Tensor
-    """Where environments are now, [num_envs, observation_dim] float32; of an ended episode the next one's first."""
+    """Where environments are now, [num_envs, observation_dim]; of an ended episode the next one's first."""
+    qpos: torch.Tensor
+    """Generalized positions that the step led to, [num_envs, nq], for rendering; of an ended episode its last."""
 
 
 class Engine(Protocol):
@@ -71,7 +73,7 @@ class Engine(Protocol):
         ...
 
     def positions(self) -> torch.Tensor:
-        """Generalized positions [num_envs, nq], for rendering."""
+        """Generalized positions where environments are now, [num_envs, nq], for rendering."""
         ...
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -123,6 +125,7 @@ class BatchedEnv(EnvBase):
         self._observation = torch.zeros(observation.shape, device=self.device)
         self._prepared = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self._lost_action = torch.zeros(shape, dtype=torch.bool, pin_memory=self.device.type == "cuda")
+        self._last_step: Step | None = None
         self._renderer: Renderer | None = None
         self.set_seed(seed)
 
@@ -133,12 +136,12 @@ class BatchedEnv(EnvBase):
         self._check_finite(action)
         step = self._engine.step(action.to(torch.float32))
         done = step.terminated | step.truncated
-        self._observation, self._prepared = step.observation, done
+        self._observation, self._prepared, self._last_step = step.observation, done, step
         return TensorDict(
             {
-                "observation": step.next_observation,
+                "observation": step.next_observation.to(torch.float32),
                 "diverged": step.diverged.unsqueeze(-1),
-                "reward": step.reward.unsqueeze(-1),
+                "reward": step.reward.to(torch.float32).unsqueeze(-1),
                 "terminated": step.terminated.unsqueeze(-1),
                 "truncated": step.truncated.unsqueeze(-1),
                 "done": done.unsqueeze(-1),
@@ -181,7 +184,7 @@ class BatchedEnv(EnvBase):
 
     def _beginning(self) -> TensorDictBase:
         """The present observations, with no episode done; copied, since they may be handed out in parts."""
-        return self._nothing_done.clone().set("observation", self._observation.clone())
+        return self._nothing_done.clone().set("observation", self._observation.to(torch.float32, copy=True))
 
     def _set_seed(self, seed: int | None) -> None:
         self._engine.seed(0 if seed is None else seed)
@@ -215,6 +218,9 @@ class BatchedEnv(EnvBase):
     ) -> torch.Tensor:
         """What a camera sees now, as TorchRL's ``PixelRenderTransform`` and ``VideoRecorder`` want it.
 
+        Of an environment that has ended and is not reset yet, it is where the episode ended, as in ("next",
+        "observation"); unless the simulation was lost, or the environment's state was loaded since.
+
         Args:
             environments: number of an environment, several numbers, or None for all.
             width: of a frame, in pixels.
@@ -235,6 +241,9 @@ class BatchedEnv(EnvBase):
         if self._renderer is None or self._renderer.view != (width, height, camera):
             self._renderer = Renderer(self._engine.model, width, height, camera)
         positions = self._engine.positions()
+        if self._last_step is not None:
+            ended = (self._prepared & ~self._last_step.diverged).to(positions.device).unsqueeze(-1)
+            positions = torch.where(ended, self._last_step.qpos.to(positions), positions)
         frames = torch.stack([self._renderer.frame(positions[index].numpy(force=True)) for index in indices])
         return frames[0] if isinstance(chosen, int) else frames
 
@@ -256,6 +265,14 @@ class BatchedEnv(EnvBase):
         # Copied: what is handed out is written to by whoever gets it.
         self._observation = state_dict["observation"].to(self._observation, copy=True)
         self._prepared = state_dict["prepared"].to(self._prepared, copy=True)
+        self._last_step = None
+
+
+def refuse_lost_actions(action: torch.Tensor) -> None:
+    """Raises ValueError for actions [num_envs, action_dim] that are not finite; waits for their device."""
+    lost = ~action.isfinite().all(-1)
+    if lost.any():
+        raise lost_action_error(lost)
 
 
 def lost_action_error(lost: torch.Tensor) -> ValueError:

@@ -8,7 +8,7 @@ from torchrl.data import Binary, Composite
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import Transform
 
-from envs.batched import lost_action_error
+from envs.batched import refuse_lost_actions
 
 
 class EndDiverged(Transform):
@@ -30,9 +30,7 @@ class EndDiverged(Transform):
     """
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        lost_action = ~torch.isfinite(tensordict["action"]).all(-1)
-        if lost_action.any():
-            raise lost_action_error(lost_action)
+        refuse_lost_actions(tensordict["action"])
         finite = _finite(next_tensordict) & torch.isfinite(next_tensordict["reward"])
         diverged = tensordict["diverged"] | ~finite
         _clear(next_tensordict, diverged)

@@ -1,4 +1,4 @@
-"""Loading MuJoCo's models without complaints about what their users cannot change."""
+"""MuJoCo's models: loaded without complaints about what their users cannot change, and what their motors take."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -38,3 +40,26 @@ def silent_deprecations() -> Iterator[None]:
         yield
     finally:
         mujoco.set_mju_user_warning(previous)
+
+
+def action_bounds(model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest actions of a ``mujoco.MjModel``, [nu] float32 each: what its actuators are clipped to.
+
+    Raises:
+        ValueError: for actuators without a control range, which MuJoCo would give the range [0, 0].
+
+    Examples:
+        >>> from envs.tasks.inverted_pendulum import InvertedPendulum
+        >>> action_bounds(InvertedPendulum().load_model())
+        (array([-3.], dtype=float32), array([3.], dtype=float32))
+    """
+    low, high = model.actuator_ctrlrange.astype(np.float32).T
+    unlimited = np.flatnonzero((model.actuator_ctrllimited == 0) | (low >= high)).tolist()
+    if unlimited:
+        names = ", ".join(repr(model.actuator(index).name or index) for index in unlimited)
+        raise ValueError(
+            f"The model's actuators {names} have no control range, so that actions have no bounds; expected "
+            'ctrlrange="LOW HIGH" on each, or in <default>, such as <motor joint="hip" ctrlrange="-1 1"/> (and no '
+            'ctrllimited="false").'
+        )
+    return low.copy(), high.copy()

@@ -22,6 +22,10 @@ Model = Any
 """A ``mujoco.MjModel``; its compiled class has no type stubs."""
 
 
+POSTCONSTRAINT_FIELDS = frozenset({"cacc", "cfrc_int", "cfrc_ext"})
+"""Fields of ``MjData`` that MuJoCo computes for those only who call ``mj_rnePostConstraint``, as Gymnasium does."""
+
+
 class Physics(Protocol):
     """What a task reads of a simulation after a control step: ``qpos``, ``qvel`` and the fields named in ``reads``.
 
@@ -66,7 +70,7 @@ class Task(ABC):
     reads: ClassVar[tuple[str, ...]] = ()
     """Fields of ``MjData`` that the task reads beside ``qpos`` and ``qvel``, such as "xpos" or "cfrc_ext"."""
     track: ClassVar[tuple[int, ...]] = ()
-    """Coordinates of ``qpos`` along which the agent travels; the world must be the same everywhere along them."""
+    """Coordinates of ``qpos`` along which the agent travels."""
 
     xml_file: str
     frame_skip: int
@@ -94,10 +98,11 @@ class Task(ABC):
 
     @property
     def observes_track(self) -> bool:
-        """Whether the observation tells how far the agent has travelled.
+        """Whether the observation, the reward or the termination tells how far the agent has travelled.
 
-        If not, engines in float32 may move the agent back along the track, unseen: 500 m from the origin a position is
-        known to 0.03 mm, which a control step would make an error of 0.6 mm/s.
+        If not, engines in float32 may move the agent back along the track, unseen, where the model's world is the same
+        everywhere along it: 500 m from the origin a position is known to 0.03 mm, which a control step would make an
+        error of 0.6 mm/s.
         """
         return True
 

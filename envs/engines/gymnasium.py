@@ -8,9 +8,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+from tensordict import TensorDictBase
 from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
-from envs.models import silent_deprecations
+from envs.batched import refuse_lost_actions
+from envs.models import action_bounds, silent_deprecations
 
 
 class GymnasiumEnvs(SerialEnv):
@@ -29,7 +31,7 @@ class GymnasiumEnvs(SerialEnv):
         **task_options: keyword arguments of the Gymnasium constructor.
 
     Raises:
-        ValueError: if actions are discrete, unbounded, or not a vector.
+        ValueError: if actions are discrete, unbounded, or not a vector; in a step, for an action that is not finite.
 
     Examples:
         >>> env = GymnasiumEnvs("Pendulum-v1", num_envs=2)
@@ -42,13 +44,17 @@ class GymnasiumEnvs(SerialEnv):
     ) -> None:
         probe = make_quietly(task, **task_options)
         space = probe.action_space
+        model = getattr(probe.unwrapped, "model", None)
         probe.close()
         if not isinstance(space, gymnasium.spaces.Box):
             raise ValueError(
                 f"Task {task!r} has the action space {space}; expected a bounded box of continuous actions, as in "
                 "'Pendulum-v1' or 'HalfCheetah-v5'."
             )
-        if len(space.shape) != 1 or not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+        bounded = np.isfinite(space.low).all() and np.isfinite(space.high).all() and (space.low < space.high).all()
+        if not bounded and hasattr(model, "actuator_ctrlrange"):
+            action_bounds(model)
+        if len(space.shape) != 1 or not bounded:
             raise ValueError(
                 f"Task {task!r} has the action space {space}; expected a vector with finite bounds (wrap the task in "
                 "gymnasium.wrappers.RescaleAction or ClipAction to give it some)."
@@ -59,6 +65,10 @@ class GymnasiumEnvs(SerialEnv):
 
         super().__init__(num_envs, make, device=device)
         self.set_seed(seed)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        refuse_lost_actions(tensordict["action"])
+        return super()._step(tensordict)
 
     def simulations(self) -> list[gymnasium.Env]:
         """The Gymnasium environments, with their wrappers."""

@@ -24,6 +24,7 @@ from envs.bridge import to_jax, to_jax_device, to_torch
 from envs.engines.mjx_corrections import check_version
 from envs.engines.mjx_dynamics import Dynamics, Settings, State, load_model
 from envs.engines.mjx_warp import Room, choose_room
+from envs.models import action_bounds
 from envs.task import Model, Task
 
 SOLVERS = ("gymnasium", "fast")
@@ -45,8 +46,19 @@ FAST_ITERATIONS: dict[str, tuple[int, int]] = {
 Gymnasium's (``envs/engines/mjx_parity.py``). In a batch everybody waits for the slowest: on a CPU, 256 HalfCheetahs are
 2.2 times as fast so."""
 
-# Environments of the same task share what was compiled.
-make_dynamics = functools.lru_cache(maxsize=16)(Dynamics)
+
+def make_dynamics(task: Task, settings: Settings) -> Dynamics:
+    """The task's compiled dynamics, which its environments share while the file of its model stays the same.
+
+    Only that file is watched, not those that it includes.
+    """
+    return _make_dynamics(task, settings, task.xml_path.read_bytes())
+
+
+@functools.lru_cache(maxsize=16)
+def _make_dynamics(task: Task, settings: Settings, model: bytes) -> Dynamics:
+    del model  # told apart by it, and read by the task
+    return Dynamics(task, settings)
 
 
 class MJXEngine:
@@ -55,7 +67,7 @@ class MJXEngine:
     A step is one compiled call: physics, observation, reward, termination, time limit and the next episodes of those
     that ended. The state stays on the device and is donated from step to step. In float32 (see ``envs/engines/
     mjx_parity.py`` for how far a step is from Gymnasium's) the agent is moved back to the origin of its track before
-    every step where the observation does not tell; :meth:`positions` has it where it is.
+    every step where nobody can tell (``envs/engines/mjx_track.py``); :meth:`positions` has it where it is.
 
     A model with the solver PGS, which MJX lacks, is solved by Newton's method. Contacts of steep capsules with the
     ground are corrected (``envs/engines/mjx_corrections.py``), but not those of Warp, whose friction acts along other
@@ -69,7 +81,8 @@ class MJXEngine:
         solver: how many iterations the constraint solver may take, and its line search in each: "gymnasium" has those
             of the task's model, "fast" as few as leave the accuracy of float32, or a pair of numbers. With "warp" fewer
             iterations were not measured.
-        dtype: torch.float32, or torch.float64 for comparisons with MuJoCo; observations and rewards are of it too.
+        dtype: torch.float32, or torch.float64 for comparisons with MuJoCo; the engine's observations and rewards are of
+            it too, those of :class:`~envs.batched.BatchedEnv` are float32 in any case.
         max_contacts: contacts that "warp" has room for, per environment on average; by default the task's.
         max_constraints: rows of constraints that "warp" has room for in each environment; by default the task's.
         allow_untested_version: whether other releases of mujoco and mujoco-mjx are used than those whose physics was
@@ -79,7 +92,8 @@ class MJXEngine:
         RuntimeError: if JAX does not see the device, mujoco or mujoco-mjx is of an untested release, or there is no
             Warp.
         NotImplementedError: if MJX cannot simulate the task's model.
-        ValueError: for an unknown ``impl``, ``solver`` or ``dtype``, or buffer sizes without "warp" or below 1.
+        ValueError: for an unknown ``impl``, ``solver`` or ``dtype``, or buffer sizes without "warp" or below 1, or a
+            model with actuators that have no control range.
 
     Examples:
         >>> from envs.tasks.reacher import Reacher
@@ -124,8 +138,7 @@ class MJXEngine:
             ),
         )
         self.model: Model = self._dynamics.model
-        low, high = self.model.actuator_ctrlrange.astype(np.float32).T
-        self.action_low, self.action_high = torch.from_numpy(low.copy()), torch.from_numpy(high.copy())
+        self.action_low, self.action_high = map(torch.from_numpy, action_bounds(self.model))
         self._state = self._put(self._dynamics.initial_state(num_envs))
         self.observation_dim = self._state["observation"].shape[-1]
         self._overflow: Any = None
@@ -151,7 +164,9 @@ class MJXEngine:
         Raises:
             RuntimeError: if one of Warp's buffers was too small in an earlier step.
         """
-        self._check_overflow()
+        # An earlier step's, if the device is done with it: a step waits for none.
+        if self._overflow is not None and self._overflow.is_ready():
+            self._check_overflow(self._overflow)
         # Kept until torch's stream waits for the step: torch might give its memory to somebody else before.
         array = to_jax(action)
         self._state, transition, overflow = self._dynamics.step(self._state, array)
@@ -160,11 +175,10 @@ class MJXEngine:
             self._overflow = overflow
         return Step(*map(to_torch, transition))
 
-    def _check_overflow(self) -> None:
-        """Raises if a step that is done already lost contacts; waits for none. What overflowed once stays so."""
-        if self._overflow is None or not self._overflow.is_ready() or not self._overflow:
+    def _check_overflow(self, overflow: jax.Array) -> None:
+        """Raises if contacts were lost, for which it waits. What overflowed once stays so."""
+        if self._room is None or not np.any(overflow):
             return
-        assert self._room is not None
         raise RuntimeError(
             f"Warp has room for {self._room.contacts * self.num_envs} contacts of {self.num_envs} environments of "
             f"{self.task.name} and {self._room.constraints} constraint rows in each, and there were more, so that "
@@ -173,9 +187,14 @@ class MJXEngine:
         )
 
     def reset(self, mask: torch.Tensor) -> torch.Tensor:
-        """Begins new episodes where ``mask`` [num_envs] is true; returns every observation."""
+        """Begins new episodes where ``mask`` [num_envs] is true; returns every observation.
+
+        Raises:
+            RuntimeError: if one of Warp's buffers was too small until now.
+        """
         array = to_jax(mask)
         self._state, observation = self._dynamics.reset(self._state, array)
+        self._check_overflow(self._state["overflow"])
         return to_torch(observation)
 
     def set_state(self, qpos: torch.Tensor, qvel: torch.Tensor) -> torch.Tensor:
@@ -183,9 +202,11 @@ class MJXEngine:
 
         Raises:
             ValueError: for another shape.
+            RuntimeError: if one of Warp's buffers was too small until now.
         """
         arrays = {name: self._array(name, value) for name, value in (("qpos", qpos), ("qvel", qvel))}
         self._state, observation = self._dynamics.set_state(self._state, *self._put(arrays).values())
+        self._check_overflow(self._state["overflow"])
         return to_torch(observation)
 
     def positions(self) -> torch.Tensor:
@@ -195,7 +216,12 @@ class MJXEngine:
         return torch.from_numpy(qpos)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole state, random keys included, copied to the CPU; each tensor has the batch dimension first."""
+        """The whole state, random keys included, copied to the CPU; each tensor has the batch dimension first.
+
+        Raises:
+            RuntimeError: if one of Warp's buffers was too small until now.
+        """
+        self._check_overflow(self._state["overflow"])
         return {
             name: torch.from_numpy(np.array(value).view(np.int32) if name == "key" else np.array(value))
             for name, value in self._state.items()
@@ -210,6 +236,7 @@ class MJXEngine:
         if set(state) != set(self._state):
             raise ValueError(f"The state has {', '.join(sorted(state))}; expected {', '.join(sorted(self._state))}.")
         self._write(state)
+        self._overflow = None
 
     def _write(self, state: Mapping[str, torch.Tensor]) -> None:
         self._state = self._state | self._put({name: self._array(name, value) for name, value in state.items()})

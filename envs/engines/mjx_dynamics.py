@@ -14,8 +14,9 @@ import numpy as np
 
 from envs.batched import LARGEST_NUMBER
 from envs.engines.mjx_corrections import corrections, mjx, same_types, step
+from envs.engines.mjx_track import may_be_recentred
 from envs.engines.mjx_warp import OVERFLOWS, Room
-from envs.task import Model, Physics, Task
+from envs.task import POSTCONSTRAINT_FIELDS, Model, Physics, Task
 
 mujoco: Any = _mujoco  # its compiled functions have no type stubs
 
@@ -35,6 +36,7 @@ class Transition(NamedTuple):
     truncated: jax.Array
     diverged: jax.Array
     observation: jax.Array
+    qpos: jax.Array
 
 
 class Random:
@@ -102,6 +104,7 @@ class Dynamics:
         self.model.opt.iterations = settings.iterations
         self.model.opt.ls_iterations = settings.ls_iterations
         self._control_timestep = task.control_timestep(self.model)
+        self._forces = POSTCONSTRAINT_FIELDS & set(task.reads)
         self._carried = ("qpos", "qvel", "qacc_warmstart", "act")
         with jax.enable_x64(settings.float64):
             self._mjx_model, self._template = self._put_model()
@@ -109,6 +112,7 @@ class Dynamics:
         for name in task.reads:
             if name not in self._public and not hasattr(self._template._impl, name):
                 raise ValueError(f"{task.name} reads {name!r}, which MJX does not have; choose engine='mujoco'.")
+        self._recentred = may_be_recentred(task, self.model)
         self.step = self._compiled(self._step)
         self.reset = self._compiled(self._reset)
         self.set_state = self._compiled(self._set_state)
@@ -122,7 +126,7 @@ class Dynamics:
                     mjx.make_data(self.model, device=device, impl="jax"),
                 )
             model = mjx.put_model(self.model, device=device, impl="warp")
-            if "cfrc_ext" in self.task.reads:
+            if self._forces:
                 model = model.tree_replace({"opt._impl.run_rne_postconstraint": True})
             data = mjx.make_data(self.model, device=device, impl="warp", naconmax=warp.contacts, njmax=warp.constraints)
             return model, data
@@ -181,7 +185,7 @@ class Dynamics:
             return same_types(step(self._mjx_model, data), data), None
 
         after, _ = jax.lax.scan(substep, before, length=task.frame_skip)
-        if "cfrc_ext" in task.reads and self.settings.warp is None:
+        if self._forces and self.settings.warp is None:
             after = mjx.rne_postconstraint(self._mjx_model, after)
         physics = self._physics(after)
 
@@ -202,7 +206,7 @@ class Dynamics:
         reached = state | {name: getattr(after, name) for name in self._carried}
         reached |= {"position": position, "observation": observation, "elapsed_steps": elapsed_steps}
         if self.settings.warp is not None:
-            reached["overflow"] = state["overflow"] | (after._impl.overflow & OVERFLOWS)
+            reached["overflow"] = self._overflow(state, after)
         following = self._select(terminated | truncated, self._begin(reached), reached)
         transition = Transition(
             next_observation=observation,
@@ -211,12 +215,13 @@ class Dynamics:
             truncated=truncated,
             diverged=lost,
             observation=following["observation"],
+            qpos=self._uncentred(reached),
         )
         return following, transition
 
     def _recentre(self, state: State) -> State:
         """The state with the agent back at the track's origin, where float32 is finest, if nobody can see it."""
-        if self.task.observes_track or not self.task.track:
+        if not self._recentred:
             return state
         track = np.array(self.task.track)
         travelled = state["qpos"][track]
@@ -225,6 +230,17 @@ class Dynamics:
             "position": state["position"] - travelled,
             "origin": state["origin"] + travelled,
         }
+
+    def _uncentred(self, state: State) -> jax.Array:
+        """Positions [nq] where the agent really is."""
+        if not self._recentred:
+            return state["qpos"]
+        return state["qpos"].at[np.array(self.task.track)].add(state["origin"])
+
+    @staticmethod
+    def _overflow(state: State, data: Any) -> jax.Array:
+        """Which of Warp's buffers were too small at any time, ``data`` included."""
+        return state["overflow"] | (data._impl.overflow & OVERFLOWS)
 
     def _reset(self, state: State, mask: jax.Array) -> tuple[State, jax.Array]:
         state = jax.vmap(lambda state, chosen: self._select(chosen, self._begin(state), state))(state, mask)
@@ -247,8 +263,10 @@ class Dynamics:
         if self.task.reads:
             # Of this, XLA compiles only what the task looks at: for most tasks, where the bodies are.
             data = mjx.forward(self._mjx_model, data)
-        # The external forces are those of a step, and there was none.
-        physics = self._physics(data, cfrc_ext=jnp.zeros((self.model.nbody, 6), real))
+        # These forces are those of a step, and there was none.
+        physics = self._physics(data, **{name: jnp.zeros((self.model.nbody, 6), real) for name in self._forces})
+        if self.settings.warp is not None:
+            state = state | {"overflow": self._overflow(state, data)}
         return state | {
             **{name: getattr(data, name) for name in self._carried},
             "qacc_warmstart": jnp.zeros_like(state["qacc_warmstart"]),

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from envs.batched import LARGEST_NUMBER, Step
-from envs.task import Task
+from envs.models import action_bounds
+from envs.task import POSTCONSTRAINT_FIELDS, Task
 
 mujoco: Any = _mujoco  # its compiled functions have no type stubs
 
@@ -38,7 +39,7 @@ class MujocoEngine:
         num_threads: threads that step; by default one per available core.
 
     Raises:
-        ValueError: for ``num_threads`` below 1.
+        ValueError: for ``num_threads`` below 1, or a model with actuators that have no control range.
 
     Examples:
         >>> from envs.tasks.hopper import Hopper
@@ -58,8 +59,7 @@ class MujocoEngine:
         self.model: Any = task.load_model()
         # MuJoCo would quietly put a diverged simulation back to the model's initial state; here its episode ends.
         self.model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
-        low, high = self.model.actuator_ctrlrange.astype(np.float32).T
-        self.action_low, self.action_high = torch.from_numpy(low.copy()), torch.from_numpy(high.copy())
+        self.action_low, self.action_high = map(torch.from_numpy, action_bounds(self.model))
         self._control_timestep = task.control_timestep(self.model)
         self._fields = ("qpos", "qvel", *task.reads)
         self._data = [mujoco.MjData(self.model) for _ in range(num_envs)]
@@ -120,11 +120,11 @@ class MujocoEngine:
             observation[diverged], reward[diverged], terminated[diverged] = 0.0, 0.0, True
         truncated = self._elapsed_steps >= task.max_episode_steps
         ended = np.flatnonzero(terminated | truncated).tolist()
-        present = observation
+        present, qpos = observation, torch.from_numpy(physics.qpos)
         if ended:
             present = observation.copy()
             present[ended] = self._begin(ended)
-        return Step(*map(self._tensor, (observation, reward, terminated, truncated, diverged, present)))
+        return Step(*map(self._tensor, (observation, reward, terminated, truncated, diverged, present)), qpos=qpos)
 
     def reset(self, mask: torch.Tensor) -> torch.Tensor:
         """Begins new episodes where ``mask`` [num_envs] is true; returns every observation.
@@ -198,8 +198,8 @@ class MujocoEngine:
     def _advance(self, chunks: Iterator[range], controls: np.ndarray) -> None:
         """A control step of the simulations of as many chunks as this thread gets hold of."""
         model, frame_skip, step = self.model, self.task.frame_skip, mujoco.mj_step
-        # Gymnasium always computes external forces; here only for a task that looks at them.
-        forces = mujoco.mj_rnePostConstraint if "cfrc_ext" in self.task.reads else None
+        # Gymnasium always computes these forces; here only for a task that looks at them.
+        forces = None if POSTCONSTRAINT_FIELDS.isdisjoint(self.task.reads) else mujoco.mj_rnePostConstraint
         for index in chain.from_iterable(chunks):
             data = self._data[index]
             self._controls[index][:] = controls[index]

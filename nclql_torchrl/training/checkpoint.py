@@ -26,6 +26,8 @@ from torchrl.checkpoint import (
     StateDictCheckpointAdapter,
 )
 
+from nclql_torchrl.training.run_directory import sync
+
 INVENTORY = "inventory.json"
 ARCHIVE = ".tdz"
 SAFE_SUFFIXES = (".json", ".memmap")
@@ -80,11 +82,7 @@ def save_checkpoint(
     latest, metadata = rotation.latest(), {**metadata, "frames": frames}
     if latest is not None and Checkpoint.manifest(latest)["metadata"] == metadata:
         return latest
-    path = directory / f"checkpoint-{frames:012d}"
-    while path.exists():
-        # Of a run that was stopped within these frames. It stays until the new one is whole; to TorchRL, with one more
-        # zero it is the same number of frames, of which the newer counts.
-        path = path.with_name(path.name.replace("-", "-0"))
+    path = _free_path(directory / f"checkpoint-{frames:012d}")
     options = {}
     if REPLAY in checkpoint and latest is not None:
         options[REPLAY] = CheckpointOptions(save_kwargs={"previous": _component(latest, REPLAY)})
@@ -104,15 +102,31 @@ def save_best(
     Raises:
         OSError: if it cannot be written; then the directory is as it was.
     """
-    rotation = CheckpointRotation(directory, keep_last=1, prefix="best")
-    best, path = rotation.latest(), directory / f"best-{frames:012d}"
+    rotation = _best_rotation(directory)
+    best = rotation.best()
     if best is not None and Checkpoint.manifest(best)["metadata"][BEST_METRIC] >= evaluation_return:
         return None
-    if not path.exists():
-        metadata = {**metadata, "frames": frames, BEST_METRIC: evaluation_return}
-        _write(checkpoint, path, metadata=metadata, components=POLICY)
+    path = _free_path(directory / f"best-{frames:012d}")
+    metadata = {**metadata, "frames": frames, BEST_METRIC: evaluation_return}
+    _write(checkpoint, path, metadata=metadata, components=POLICY)
     rotation.prune()
     return path
+
+
+def _free_path(path: Path) -> Path:
+    """A path that is not taken by a checkpoint of the same frames, of a run that was stopped within them.
+
+    That one stays until the new one is whole. To TorchRL a name with one more zero is the same number of frames, of
+    which the newer counts.
+    """
+    while path.exists():
+        path = path.with_name(path.name.replace("-", "-0"))
+    return path
+
+
+def _best_rotation(directory: Path) -> CheckpointRotation:
+    """Of the policies, the one that returned most; a killed process may have left one of later frames beside it."""
+    return CheckpointRotation(directory, keep_last=1, keep_best=(BEST_METRIC, "max"), prefix="best")
 
 
 def _write(checkpoint: Checkpoint, path: Path, **options: Any) -> None:
@@ -125,10 +139,9 @@ def _write(checkpoint: Checkpoint, path: Path, **options: Any) -> None:
         checkpoint.save(temporary, **options)
         sizes = {str(file.relative_to(temporary)): file.stat().st_size for file in _files(temporary)}
         (temporary / INVENTORY).write_text(json.dumps(sizes))
-        for file in _files(temporary):
-            _sync(file)
+        sync(temporary, *temporary.rglob("*"))
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except RuntimeError as error:
         # torch, which prepares an archive's files, has no other kind of error.
         full = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
@@ -137,15 +150,6 @@ def _write(checkpoint: Checkpoint, path: Path, **options: Any) -> None:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or directory would survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_checkpoint(
@@ -235,7 +239,7 @@ def best_checkpoint(directory: Path) -> Path:
     Raises:
         FileNotFoundError: if there is none.
     """
-    best = CheckpointRotation(directory, keep_last=1, prefix="best").latest()
+    best = _best_rotation(directory).best()
     if best is None:
         raise FileNotFoundError(f"{directory} holds no best checkpoint; the run stopped before its first evaluation.")
     return best

@@ -1,4 +1,5 @@
-"""Data-parallel learning: ``torchrun --nproc-per-node=N -m nclql_torchrl.commands.train ...``.
+"""Data-parallel learning: ``torchrun --nproc-per-node=N -m nclql_torchrl.commands.train ...``. What listens where, and
+the options with which torchrun itself does not, are in docs/distributed.md.
 
 Every process (rank) is a learner with environments, replay, random numbers and a run directory of its own, and all go
 through the training loop in step: they average their gradients before each step of the optimizer, so that their
@@ -14,6 +15,8 @@ import atexit
 import math
 import os
 import shutil
+import socket
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import Store, TCPStore
 from torchrl.checkpoint import CheckpointError
 
 from nclql_torchrl.training.checkpoint import latest_checkpoint, read_metadata
@@ -227,13 +231,33 @@ class Learners:
 
 def _init_process_group() -> None:
     """Connects this process to the others of torchrun. Once: its store takes no second group, of a sweep's next run."""
-    if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = None
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         # All on this machine: nothing needs to be reached from outside.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        store = _loopback_store(rank, world_size)
     # Gradients travel on their own device; what the loop agrees on, on the CPU, where no GPU is waited for.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world_size)
     atexit.register(dist.destroy_process_group)
+
+
+def _loopback_store(rank: int, world_size: int) -> Store | None:
+    """What the ranks of one machine find each other by, on loopback; None if torchrun has opened one to everybody."""
+    port = int(os.environ["MASTER_PORT"])
+    if os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+        if rank == 0:
+            warnings.warn(
+                f"torchrun listens on all interfaces, without authentication (port {port} is one of two), though all "
+                "learners are on this machine. docs/distributed.md has the options with which it opens no port.",
+                stacklevel=2,
+            )
+        return None
+    # torch would listen on all interfaces here too, unless it is given a socket.
+    listener = socket.create_server(("127.0.0.1", port)).detach() if rank == 0 else None
+    return TCPStore("127.0.0.1", port, world_size, rank == 0, TIMEOUT, master_listen_fd=listener)
 
 
 def is_rank_zero() -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 import ray
 import torch
 from ray._private import ray_constants
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 from tensordict import TensorDict, TensorDictBase
 
 from nclql_torchrl.actor import LangevinActor
@@ -33,6 +33,9 @@ from nclql_torchrl.training.config import ConfigError, TrainConfig
 
 MAX_DEATHS = 3
 """Times in a row that a worker may die before it delivers anything: what always fails is an error."""
+
+LOST = (RayActorError, ObjectLostError, NodeDiedError, OutOfMemoryError)
+"""What Ray says of a worker that died, alone or with its machine, before or after it had collected its batch."""
 
 
 class RayWorker:
@@ -108,7 +111,7 @@ class RayWorkers:
             index = self._pending.pop(done)
             try:
                 batch = ray.get(done)
-            except RayActorError as error:
+            except LOST as error:
                 self._replace(index, error)
                 continue
             self._deaths_in_a_row[index] = 0
@@ -132,7 +135,9 @@ class RayWorkers:
         self._sent[index] = self._weights
         self._pending[self._workers[index].collect.remote(weights, is_random)] = index
 
-    def _replace(self, index: int, error: RayActorError) -> None:
+    def _replace(self, index: int, error: RayError) -> None:
+        # Only its batch may be lost, or the way to it: it would go on, and keep a CPU.
+        ray.kill(self._workers[index])
         self._deaths[index] += 1
         self._deaths_in_a_row[index] += 1
         if self._deaths_in_a_row[index] > MAX_DEATHS:

@@ -225,6 +225,7 @@ class RunDirectory:
             writer = csv.DictWriter(file, METRICS)
             writer.writeheader()
             writer.writerows(_with_integer_counts(row) for row in kept)
+        sync(temporary)
         os.replace(temporary, self.metrics)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -274,7 +275,19 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
+    sync(temporary)
     os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(*paths: Path) -> None:
+    """Waits until files would survive a loss of power, and directories with the names in them."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def automatic_path(config: TrainConfig) -> Path:

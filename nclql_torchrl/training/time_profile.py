@@ -6,6 +6,7 @@ The methods of a run's parts are wrapped for as long as the profile lasts; witho
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 from torchrl import timeit
 
@@ -68,6 +70,8 @@ class TimeProfile:
         self._parts: list[str] = []
         self._undo = ExitStack()
         self._trace: torch.profiler.profile | None = None
+        self._trace_started = self._processor_started = 0.0
+        self._gpu_idle: float | None = None
         self._started: float | None = None
         self._first_update: int | None = None
         self._updates = 0
@@ -120,16 +124,23 @@ class TimeProfile:
         if self._started is None and updates >= self._first_update:
             self._before = self._totals()
             self._started, self._first_update = time.time(), updates
+            self._processor_started = time.process_time()
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._trace = torch.profiler.profile(activities=activities)
             self._trace.start()
+            self._trace_started = time.time()
         elif self._trace is not None and updates >= self._first_update + TRACED_UPDATES:
             self._end_trace()
 
     def _end_trace(self) -> None:
         if self._trace is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds = time.time() - self._trace_started
             self._trace.stop()
             self._trace.export_chrome_trace(str(self.directory / "trace.json"))
+            if torch.cuda.is_available() and (busy := gpu_busy(self._trace, seconds)) > 0.0:
+                self._gpu_idle = 1.0 - busy
             self._trace = None
 
     def _totals(self) -> dict[str, float]:
@@ -137,10 +148,13 @@ class TimeProfile:
         return {part: totals.get(f"{PREFIX}{part}", 0.0) for part in self._parts}
 
     def summary(self) -> dict[str, Any]:
-        """Updates, seconds, seconds and shares of the parts, and the share of overhead, since the measurement began."""
+        """Updates, seconds, seconds and shares of the parts, and the shares of overhead and of idleness, since the
+        measurement began. What is idle is also in some part: the one that waits."""
         if self._started is None or self._first_update is None:
-            return {"updates": 0, "seconds": 0.0, "parts": {}, "shares": {}, "overhead": 0.0}
+            return {"updates": 0, "seconds": 0.0, "parts": {}, "shares": {}, "overhead": 0.0, "idle": 0.0}
         seconds = time.time() - self._started
+        # Of all threads together: what two did at once makes up for what nobody did, so this is the least it can be.
+        processor_idle = max(0.0, 1.0 - (time.process_time() - self._processor_started) / seconds)
         parts = {part: total - self._before[part] for part, total in self._totals().items()}
         parts["other"] = seconds - sum(parts.values())
         return {
@@ -149,6 +163,7 @@ class TimeProfile:
             "parts": parts,
             "shares": {part: spent / seconds for part, spent in parts.items()},
             "overhead": sum(spent for part, spent in parts.items() if part not in WORK) / seconds,
+            "idle": processor_idle if self._gpu_idle is None else self._gpu_idle,
         }
 
     def report(self) -> str:
@@ -161,6 +176,8 @@ class TimeProfile:
         lines = [f"profile of {summary['updates']} updates, {summary['seconds']:.1f} s:"]
         lines += [f"  {share:6.1%}  {part}" for part, share in sorted(summary["shares"].items(), key=lambda x: -x[1])]
         lines.append(f"  {summary['overhead']:6.1%}  of it overhead: neither simulation, chains nor gradients")
+        idle = "this process did not run" if self._gpu_idle is None else "the GPU ran nothing, in the traced updates"
+        lines.append(f"  {summary['idle']:6.1%}  of it idle: {idle}")
         return "\n".join([*lines, f"  {self.directory / 'profile.json'}, trace.json"])
 
     def __enter__(self) -> TimeProfile:
@@ -170,3 +187,23 @@ class TimeProfile:
         if self._trace is not None:
             self._trace.stop()
         self._undo.close()
+
+
+def gpu_busy(trace: torch.profiler.profile, seconds: float) -> float:
+    """Share of a trace's time in which a GPU ran anything, kernels or copies, whoever launched it; several at once
+    count once.
+
+    Args:
+        trace: a trace that has ended, of CUDA activity.
+        seconds: how long it was.
+    """
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in trace.events() or ()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    )
+    microseconds, reached = 0.0, -math.inf
+    for start, end in spans:
+        microseconds += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return microseconds / 1e6 / seconds

@@ -54,7 +54,7 @@ from nclql_torchrl.training.loggers import RunLogger
 from nclql_torchrl.training.memory import check_replay_fits
 from nclql_torchrl.training.metrics import MetricsWindow
 from nclql_torchrl.training.replay_state import ReplayState
-from nclql_torchrl.training.run_directory import RunDirectory, refuse_taken
+from nclql_torchrl.training.run_directory import RunDirectory, refuse_taken, sync
 from nclql_torchrl.training.time_profile import TimeProfile
 from nclql_torchrl.update import NCLQLUpdate
 
@@ -173,8 +173,9 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
             # The other ranks keep one more: rank 0's, the last to be written, may not be.
             keep = config.checkpoint.keep + min(1, learners.rank)
             with learners.rank_zero_last():
-                # A resumed run keeps the rows that its checkpoint counts: they have to be there.
+                # A resumed run keeps the rows that its checkpoint counts: they have to be there, and on the disk.
                 run.flush_metrics()
+                sync(run.metrics)
                 described = {**metadata, "updates": updates, "reported_frames": reported_frames}
                 path = save_checkpoint(checkpoint, run.checkpoints, frames=frames, keep=keep, metadata=described)
         except OSError as error:

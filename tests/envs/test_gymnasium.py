@@ -96,6 +96,16 @@ def test_a_saved_state_replays_exactly(task: str) -> None:
     assert torch.equal(replay(make_env(task, num_envs=2, engine="gymnasium", seed=99, max_episode_steps=4)), expected)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_an_action_that_is_not_finite_is_refused_by_name(task: str) -> None:
+    env = make_env(task, num_envs=3, engine="gymnasium")
+    tensordict = env.reset()
+    action = torch.zeros(env.action_spec.shape)
+    action[1, 0], action[2, -1] = torch.nan, torch.inf
+    with pytest.raises(ValueError, match=r"action of environment 1, 2 is not finite"):
+        env.step(tensordict.set("action", action))
+
+
 def test_a_state_of_another_number_of_environments_is_refused() -> None:
     saved = make_env("Pendulum-v1", num_envs=3).state_dict()
     with pytest.raises(ValueError, match="of 3 environments; expected 2"):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -23,7 +24,10 @@ from envs import make_env
 from envs.batched import BatchedEnv
 from envs.engines import mjx_corrections
 from envs.engines.mjx import MJXEngine
+from envs.engines.mujoco import MujocoEngine
+from envs.task_env import TaskEnv
 from envs.tasks.half_cheetah import HalfCheetah
+from tests.envs.ball import WALL, Ball, FeelingBall, write_model
 
 NUM_ENVS = 4
 MAX_EPISODE_STEPS = 6
@@ -151,6 +155,8 @@ def test_the_agent_is_moved_back_where_nobody_sees_it(env: BatchedEnv, actions: 
     engine: Any = env._engine
     env.set_state(qpos, qvel)
     assert torch.equal(engine.positions(), qpos)
+    assert torch.equal(engine.step(actions[0]).qpos, engine.positions())
+    env.set_state(qpos, qvel)
     for action in actions[:3]:
         env.step(present(env).set("action", action))
     assert (engine.state_dict()["qpos"][:, 0].abs() < 1.0).all()
@@ -278,6 +284,51 @@ class Curious(HalfCheetah):
 def test_a_wrong_option_is_named_with_a_valid_choice(task: HalfCheetah, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MJXEngine(task, NUM_ENVS, **options)
+
+
+def test_a_model_that_was_edited_is_read_anew(tmp_path: Path) -> None:
+    path = write_model(tmp_path)
+    task = Ball(xml_file=path)
+    engines = [MJXEngine(task, 1) for _ in range(2)]
+    write_model(tmp_path, 'mass="1"', 'mass="2"')
+    engines.append(MJXEngine(task, 1))
+    assert engines[0].model is engines[1].model
+    assert [engine.model.body_mass[1] for engine in engines] == [1.0, 1.0, 2.0]
+
+
+@pytest.fixture(scope="module")
+def ball(tmp_path_factory: pytest.TempPathFactory) -> MJXEngine:
+    """A ball before a wall in float64, compiled in less time than the cheetah."""
+    path = write_model(tmp_path_factory.mktemp("ball"), "<worldbody>", f"<worldbody>{WALL}")
+    return MJXEngine(FeelingBall(xml_file=path), 2, dtype=torch.float64)
+
+
+def test_float64_is_handed_out_in_float32(ball: MJXEngine) -> None:
+    env = BatchedEnv(ball)
+    check_env_specs(env, seed=0)
+    assert ball.state_dict()["qpos"].dtype == ball.reset(torch.ones(2, dtype=torch.bool)).dtype == torch.float64
+    assert env.set_state(torch.zeros(2, 2), torch.zeros(2, 2))["observation"].dtype == torch.float32
+
+
+def test_a_wall_and_forces_computed_on_demand_are_gymnasiums(ball: MJXEngine) -> None:
+    reference = TaskEnv(FeelingBall, xml_file=ball.task.xml_file)
+    reference.reset()
+    qpos, qvel = np.zeros(2), np.array([5.0, 0.0])
+    reference.set_state(qpos, qvel)
+    states = [torch.from_numpy(np.stack([value, value])) for value in (qpos, qvel)]
+    engines = ball, MujocoEngine(ball.task, 2)
+    for engine in engines:
+        engine.set_state(*states)
+    largest = 0.0
+    for _ in range(40):
+        expected, *_ = reference.step(np.ones(1))
+        largest = max(largest, np.abs(expected).max())
+        for engine in engines:
+            step = engine.step(torch.ones(2, 1))
+            np.testing.assert_allclose(step.next_observation[1], expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(step.qpos[1], reference.data.qpos, rtol=1e-5, atol=1e-5)
+    # It was stopped at 0.8 m with more than its weight.
+    assert largest > 100.0 and 0.5 < reference.data.qpos[0] < 0.85
 
 
 def test_a_feature_that_mjx_lacks_is_named(tmp_path: Path) -> None:

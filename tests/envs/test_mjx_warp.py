@@ -18,6 +18,7 @@ from envs.engines import mjx_warp
 from envs.engines.mjx import MJXEngine
 from envs.tasks.ant import Ant
 from envs.tasks.half_cheetah import HalfCheetah
+from envs.tasks.inverted_pendulum import InvertedPendulum
 from tests.envs.transitions import gymnasium_transitions
 
 steps = pytest.mark.skipif(not os.environ.get("MJX_WARP"), reason="compiles for minutes; set MJX_WARP=1")
@@ -45,6 +46,32 @@ def test_a_step_is_gymnasiums(task: HalfCheetah | Ant) -> None:
     np.testing.assert_array_equal(step.terminated.numpy(), expected["terminated"])
     # It had room enough.
     engine.step(torch.zeros(16, len(engine.action_low)))
+
+
+@pytest.mark.slow
+def test_no_state_that_lost_contacts_is_handed_out() -> None:
+    engine: Any = MJXEngine(InvertedPendulum(), 4)
+    engine._room = mjx_warp.Room(4, 16)  # as if it were Warp's
+    engine._state = engine._state | {
+        "overflow": engine._state["overflow"] | np.array([0, 0, mjx_warp.NEFC, 0], np.int32)
+    }
+    for act in (
+        engine.state_dict,
+        lambda: engine.set_state(torch.zeros(4, 2), torch.zeros(4, 2)),
+        lambda: engine.reset(torch.tensor([True, False, False, True])),
+    ):
+        with pytest.raises(RuntimeError, match=r"16 contacts of 4 environments of InvertedPendulum-v5"):
+            act()
+
+
+@pytest.mark.slow
+@steps
+@pytest.mark.timeout(900)
+def test_a_start_with_too_little_room_is_an_error() -> None:
+    pytest.importorskip("warp")
+    engine = MJXEngine(Ant(), 4, impl="warp", max_contacts=1)
+    with pytest.raises(RuntimeError, match=r"Ant-v5.*max_contacts beyond 1"):
+        engine.set_state(torch.zeros(4, 15), torch.zeros(4, 14))  # in the ground
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 
 from envs import make_env
 from envs.models import silent_deprecations
+from envs.tasks.swimmer import Swimmer
 
 mujoco: Any = _mujoco
 
@@ -39,3 +40,25 @@ def test_other_warnings_come_and_the_users_handler_stays(capfd: pytest.CaptureFi
     with silent_deprecations():
         mujoco.get_mju_user_warning()("nobody listens")
     assert capfd.readouterr().err == "WARNING: nobody listens\n"
+
+
+@pytest.mark.parametrize("engine", ["mujoco", "mjx", "gymnasium"])
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ('ctrllimited="true" ctrlrange="-1 1"', "", "0, 1"),
+        (
+            'ctrlrange="-1 1" gear="150.0" joint="motor2_rot"',
+            'ctrlrange="0 0" joint="motor2_rot" name="tail"',
+            "'tail'",
+        ),
+    ],
+)
+def test_actuators_without_a_control_range_are_named(
+    tmp_path: Path, engine: str, old: str, new: str, names: str
+) -> None:
+    path, text = tmp_path / "swimmer.xml", Swimmer().xml_path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new).replace('ctrllimited="true" ctrlrange="0 0"', ""))
+    with pytest.raises(ValueError, match=rf'actuators {names} have no control range.*ctrlrange="LOW HIGH"'):
+        make_env("Swimmer-v5", 1, engine=engine, xml_file=str(path))

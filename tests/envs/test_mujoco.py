@@ -1,17 +1,15 @@
-"""The mujoco engine keeps TorchRL's contract, and what BatchedEnv promises over any engine."""
+"""The mujoco engine keeps what BatchedEnv promises over any engine; see also ``test_batched.py``."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.collectors import Collector
 from torchrl.data import Bounded
-from torchrl.envs import Compose, EnvBase, InitTracker, ParallelEnv, RewardSum, StepCounter, TransformedEnv
-from torchrl.envs.utils import RandomPolicy, check_env_specs
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import check_env_specs
 
 from envs import list_tasks, make_env
 from envs.batched import BatchedEnv
@@ -122,16 +120,6 @@ def test_termination_is_not_truncation() -> None:
     assert following["observation"][2, 1] == pytest.approx(1.0, abs=0.1)
 
 
-def test_transforms_are_right_across_resets(actions: torch.Tensor) -> None:
-    env = TransformedEnv(make(), Compose(RewardSum(), StepCounter(), InitTracker()))  # pyright: ignore
-    rollout = env.rollout(MAX_EPISODE_STEPS + 2, break_when_any_done=False)
-    assert rollout["next", "step_count"][0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 1, 2]
-    assert rollout["is_init"][0, :, 0].tolist() == [True] + [False] * 5 + [True, False]
-    rewards, sums = rollout["next", "reward"][:, :, 0], rollout["next", "episode_reward"][:, :, 0]
-    torch.testing.assert_close(sums[:, 5], rewards[:, :6].sum(1))
-    torch.testing.assert_close(sums[:, 7], rewards[:, 6:].sum(1))
-
-
 def test_a_partial_reset_touches_only_its_rows(env: BatchedEnv, actions: torch.Tensor) -> None:
     tensordict = env.step(env.reset().set("action", actions[0]))["next"]
     before = env.state_dict()["engine"]
@@ -189,17 +177,6 @@ def test_an_action_of_the_wrong_shape_is_refused(env: BatchedEnv) -> None:
         env.step(env.reset().set("action", torch.zeros(NUM_ENVS, 5)))
 
 
-def test_an_action_that_is_not_finite_is_refused_by_name(env: BatchedEnv, actions: torch.Tensor) -> None:
-    bad = actions[0].clone()
-    bad[1, 3], bad[3, 0] = torch.nan, torch.inf
-    tensordict = env.reset()
-    before = env.state_dict()["engine"]
-    with pytest.raises(ValueError, match=r"action of environment 1, 3 is not finite"):
-        env.step(tensordict.set("action", bad))
-    assert all(torch.equal(before[name], value) for name, value in env.state_dict()["engine"].items())
-    env.step(tensordict.set("action", actions[0]))
-
-
 def test_an_action_out_of_bounds_drives_like_the_bound_but_costs_more(env: BatchedEnv) -> None:
     env.reset()
     saved = env.state_dict()
@@ -238,34 +215,6 @@ def test_writing_to_what_a_step_returned_does_not_change_the_simulation(actions:
         stepped["action"].fill_(torch.nan)
         stepped["next", "observation"].fill_(torch.nan)
         following["observation"].fill_(torch.nan)
-
-
-def test_a_collector_steps_it() -> None:
-    env = make()
-    collector = Collector(env, RandomPolicy(env.action_spec), frames_per_batch=8 * NUM_ENVS, total_frames=16 * NUM_ENVS)
-    for batch in collector:
-        assert batch.shape == (NUM_ENVS, 8)
-        ended = batch["next", "done"][:, :-1, 0]
-        continued = torch.where(ended.unsqueeze(-1), batch["observation"][:, 1:], batch["next", "observation"][:, :-1])
-        assert torch.equal(batch["observation"][:, 1:], continued)
-        # ("next", "observation") of an ended episode is where it ended, not where the next one starts.
-        assert ended.any() and not torch.equal(
-            batch["next", "observation"][:, :-1][ended], batch["observation"][:, 1:][ended]
-        )
-    collector.shutdown()
-
-
-@pytest.mark.slow
-def test_processes_of_parallel_env_step_it() -> None:
-    maker = partial(make_env, "HalfCheetah-v5", NUM_ENVS, engine="mujoco", max_episode_steps=MAX_EPISODE_STEPS)
-    parallel = ParallelEnv(2, [partial(maker, seed=0), partial(maker, seed=1)], mp_start_method="spawn")
-    try:
-        rollout = parallel.rollout(8, break_when_any_done=False)
-        assert rollout.shape == (2, NUM_ENVS, 8)
-        assert not torch.equal(rollout["observation"][0], rollout["observation"][1])
-        assert rollout["next", "truncated"][..., MAX_EPISODE_STEPS - 1, 0].all()
-    finally:
-        parallel.close()
 
 
 def test_bad_engine_options_are_refused() -> None:

@@ -38,6 +38,28 @@ def test_frames_show_their_environments() -> None:
     assert torch.equal(env.render(1, width=64, height=48), frames[1])
 
 
+@pytest.mark.parametrize("engine", ["mujoco", pytest.param("mjx", marks=pytest.mark.slow)])
+def test_an_ended_episode_is_shown_where_it_ended(engine: str) -> None:
+    env = make_env("InvertedPendulum-v5", 4, engine=engine, seed=1, max_episode_steps=6)
+    assert isinstance(env, BatchedEnv)
+    state = torch.zeros(4, 2)
+    state[:, 0] = torch.tensor([0.5, 0.5, -0.5, 0.0])
+    velocity = torch.zeros(4, 2)
+    velocity[1, 1] = 6.0  # beyond 0.2 rad in a step of 0.04 s
+    action = torch.zeros(4, 1)
+    following = env.step(env.set_state(state, velocity).set("action", action))["next"]
+    assert following["terminated"][:, 0].tolist() == [False, True, False, False]
+    last = env.render(width=64, height=48)
+    env.reset(following.clone().set("_reset", following["terminated"]))
+    after = env.render(width=64, height=48)
+    assert torch.equal(after[[0, 2, 3]], last[[0, 2, 3]]) and not torch.equal(after[1], last[1])
+    # What is observed of a pendulum is its positions and velocities.
+    env.set_state(following["observation"][:, :2], following["observation"][:, 2:])
+    difference = env.render(width=64, height=48).float() - last.float()
+    # The positions were rounded to float32 in between, which a pixel on an edge may show.
+    assert difference.abs().mean() < 0.1 < (after[1].float() - last[1].float()).abs().mean()
+
+
 def test_rendering_does_not_disturb_the_simulation() -> None:
     env, undisturbed = make(), make()
     env.render(width=32, height=32)

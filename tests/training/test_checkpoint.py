@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import zipfile
@@ -135,6 +136,49 @@ def test_the_best_policy_is_kept_whatever_comes_later(tmp_path: Path) -> None:
     assert read_metadata(best_checkpoint(tmp_path))["evaluation_return"] == 3.0
     # The policy alone: nobody resumes from it.
     assert sorted(Checkpoint.manifest(best_checkpoint(tmp_path))["components"]) == ["config", "loss"]
+
+
+@pytest.mark.parametrize("left_over", [10, 20], ids=["of the same frames", "of later frames"])
+def test_a_better_policy_replaces_that_of_a_run_that_was_killed(tmp_path: Path, left_over: int) -> None:
+    def save(frames: int, evaluation_return: float, network: torch.nn.Module) -> Path | None:
+        checkpoint = make_checkpoint(loss=network, config={"seed": 3})
+        options = {"frames": frames, "evaluation_return": evaluation_return, "metadata": {"task": "Hopper-v5"}}
+        return save_best(checkpoint, tmp_path, **options)
+
+    worse, better, restored = (torch.nn.Linear(2, 1) for _ in range(3))
+    save(left_over, 3.0, worse)
+    assert save(10, 3.0, better) is None
+    path = save(10, 4.0, better)
+    assert path == best_checkpoint(tmp_path)
+    load_checkpoint(make_checkpoint(loss=restored), best_checkpoint(tmp_path), task="Hopper-v5")
+    assert torch.equal(restored.weight, better.weight)
+    # The next of later frames is alone again.
+    assert save(30, 5.0, better) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["best-000000000030"]
+
+
+def test_a_checkpoint_and_the_rows_it_counts_are_on_the_disk_before_it_has_its_name(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    renamed: list[str] = []
+    replace = os.replace
+
+    def synchronize(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def rename(source: Path, target: Path) -> None:
+        if target.name.startswith("checkpoint-"):
+            needed = {str(path) for path in (source, *source.rglob("*"), tmp_path / "run" / "metrics.csv")}
+            assert needed <= synced, needed - synced
+            synced.clear()
+            renamed.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synchronize)
+    monkeypatch.setattr(os, "replace", rename)
+    train(tiny_config("collector.total_frames=100", "logger.eval_interval=1000"))
+    assert len(renamed) >= 3
 
 
 def test_what_killed_processes_left_is_removed(saved: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import warnings
@@ -12,24 +11,20 @@ from typing import Any, cast
 
 import pytest
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectFetchTimedOutError,
+    ObjectLostError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayActorError,
+    RayError,
+)
 
 from nclql_torchrl.training import ConfigError, Interrupted, RunDirectory, TrainConfig, train, training
 from nclql_torchrl.training.ray_workers import RayWorkers, connect
 from nclql_torchrl.training.training import updates_due
-
-
-def listening_addresses() -> set[str]:
-    """Where this process and its descendants, which are the Ray cluster, accept connections."""
-    # Ray brings its own.
-    psutil: Any = importlib.import_module("psutil")
-    driver = psutil.Process()
-    connections = [
-        connection
-        for process in [driver, *driver.children(recursive=True)]
-        for connection in process.net_connections("inet")
-    ]
-    return {connection.laddr.ip.removeprefix("::ffff:") for connection in connections if connection.status == "LISTEN"}
+from tests.training.sockets import listening_addresses
 
 
 @pytest.mark.slow
@@ -75,27 +70,51 @@ def test_a_run_replaces_a_worker_that_dies_and_logs_what_was_lost(
         assert row["updates"] == updates_due(config, int(row["frames"]))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RayActorError(),
+        # The machine is lost: with what was collected there, while it is fetched, or with who knew of it.
+        ObjectLostError("00", b"", ""),
+        ObjectFetchTimedOutError("00", b"", ""),
+        OwnerDiedError("00", b"", ""),
+        NodeDiedError("lost"),
+        OutOfMemoryError("killed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_a_worker_that_always_dies_is_an_error(
-    tiny_config: Callable[..., TrainConfig], make_actor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    tiny_config: Callable[..., TrainConfig],
+    make_actor: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    error: RayError,
 ) -> None:
+    killed: list[Any] = []
     monkeypatch.setattr(ray, "put", lambda weights: weights)
     monkeypatch.setattr(ray, "wait", lambda pending, num_returns: (pending[:1], pending[1:]))
-    monkeypatch.setattr(ray, "get", lambda task: (_ for _ in ()).throw(RayActorError()))
+    monkeypatch.setattr(ray, "get", lambda task: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(ray, "kill", killed.append)
     workers = RayWorkers(tiny_config("collector.backend=ray"), make_actor())
     monkeypatch.setattr(workers, "_ask", lambda index: workers._pending.setdefault(cast("Any", "task"), index))
-    monkeypatch.setattr(ray, "remote", lambda worker: _Remote())
+    remote = _Remote()
+    monkeypatch.setattr(ray, "remote", lambda worker: remote)
     workers._start(0)
     with pytest.warns(UserWarning, match="lost"), pytest.raises(ChildProcessError, match="0 died 4 times before"):
         next(workers._batches())
     assert workers.lost_frames == 3 * 2
+    assert killed == ["worker 1", "worker 2", "worker 3", "worker 4"]
 
 
 class _Remote:
+    def __init__(self) -> None:
+        self.started = 0
+
     def options(self, **options: Any) -> _Remote:
         return self
 
-    def remote(self, *arguments: Any) -> None:
-        return None
+    def remote(self, *arguments: Any) -> str:
+        self.started += 1
+        return f"worker {self.started}"
 
 
 def test_too_small_a_cluster_is_an_error(
