@@ -155,7 +155,7 @@ def test_one_critic_acts_in_several_ways(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_grid_covers_actions_of_two_dimensions() -> None:
-    spec = Bounded(low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0]), shape=(2,))
+    spec = Bounded(low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0]), shape=torch.Size([2]))
     problem = Problem(3, spec, hidden_sizes=(8,))
     loss = make_langevin(problem, **{"sampler.execution": "eager"}).loss
     assert isinstance(loss, NCLQLLoss)
@@ -171,7 +171,7 @@ def test_the_grid_covers_actions_of_two_dimensions() -> None:
 
 @pytest.mark.parametrize("dimensions", [3, 6])
 def test_a_grid_of_more_dimensions_is_refused(dimensions: int) -> None:
-    problem = Problem(3, Bounded(-1.0, 1.0, (dimensions,)), hidden_sizes=(8,))
+    problem = Problem(3, Bounded(-1.0, 1.0, torch.Size([dimensions])), hidden_sizes=(8,))
     loss = make_langevin(problem, **{"sampler.execution": "eager"}).loss
     assert isinstance(loss, NCLQLLoss)
     with pytest.raises(ValueError, match=f"dimension {dimensions}; a grid is for 1 or 2"):
