@@ -67,7 +67,8 @@ def measure(batch_size: int, observation_dim: int, action_dim: int, rounds: int)
         "eager update": lambda: eager(batch),
     }
     for call in calls.values():
-        call(), call()
+        call()
+        call()
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

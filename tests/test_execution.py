@@ -90,7 +90,8 @@ def test_compiled_is_eager_follows_parameters_and_compiles_once(pair: tuple[Lang
     eager, compiled = pair
     # Twice: tensordict's memo of known classes, on which a foreign Q's program depends, is complete after the first.
     for _ in range(2):
-        eager(explicit(6)), compiled(explicit(6))
+        eager(explicit(6))
+        compiled(explicit(6))
     before = counters["stats"]["unique_graphs"]
     assert before > 0
     for _ in range(3):
