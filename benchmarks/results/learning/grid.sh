@@ -52,6 +52,7 @@ case $1 in
     change_best combinations "best, observation normalisation" network.normalize_observation=true
     change_best combinations "best, w 50" sampler.w=50
     change_best combinations "best, raw gradient" sampler.normalize_gradient=false
+    change_best combinations "best, 5 levels x 2" sampler.num_levels=5 sampler.sigma_max=0.01
     ;;
   tau) # is it the tuning? SAC with the targets, and with the learning rate, of nclql_best
     for lr in 3e-4 1e-3; do
