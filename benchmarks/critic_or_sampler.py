@@ -71,7 +71,7 @@ class GridActor(TensorDictModuleBase):
         loss: NCLQLLoss = self.__dict__["loss"]
         inputs = tensordict.select("observation").expand(len(self.actions), *tensordict.batch_size)
         action = self.actions.view(len(self.actions), *(1,) * tensordict.batch_dims, -1).expand(*inputs.batch_size, -1)
-        level = torch.full(inputs.batch_size, loss.sampler.schedule.num_levels - 1)
+        level = loss.noise_free_level(inputs, action.device)
         return loss.ensemble_values(inputs, action, level).amin(0)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -220,13 +220,11 @@ class RunDirectory:
     def rewind_metrics(self, frames: int) -> None:
         """Drops the rows after ``frames``, which a resumed run is about to write again."""
         kept = [row for row in self.read_metrics() if row["frames"] <= frames]
-        temporary = self.metrics.with_suffix(".csv.tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, METRICS)
-            writer.writeheader()
-            writer.writerows(_with_integer_counts(row) for row in kept)
-        sync(temporary)
-        os.replace(temporary, self.metrics)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, METRICS)
+        writer.writeheader()
+        writer.writerows(_with_integer_counts(row) for row in kept)
+        write_atomically(self.metrics, text.getvalue())
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json."""

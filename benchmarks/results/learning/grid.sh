@@ -9,22 +9,17 @@ export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 MALLO
 
 learn() { nice -n "${NICE:-0}" "$PYTHON" -m benchmarks.learning -m "$@"; }
 
-# One change to NC-LQL with a learning rate of 3e-4: change FILE NAME [section.key=value ...]
+# One change to NC-LQL with a learning rate of 3e-4, or (FAMILY=nclql_best LR=) to the preset best:
+# change FILE NAME [section.key=value ...]
 change() {
   local file=$1 name=$2
   shift 2
-  learn algorithm="${FAMILY:-nclql}" task="$TASK" seed=0,1,2 "algorithm.name='$name'" +algorithm.options.optim.lr=3e-4 \
-    "${@/#/++algorithm.options.}" output="benchmarks/results/learning/$TASK-$file.jsonl"
+  learn algorithm="${FAMILY:-nclql}" task="$TASK" seed=0,1,2 "algorithm.name='$name'" \
+    ${LR:+"+algorithm.options.optim.lr=$LR"} "${@/#/++algorithm.options.}" ${FRAMES:+task.total_frames=$FRAMES} \
+    output="benchmarks/results/learning/$TASK-$file.jsonl"
 }
 
-# One change to the preset best: change_best FILE NAME [section.key=value ...]
-change_best() {
-  local file=$1 name=$2
-  shift 2
-  learn algorithm=nclql_best task="$TASK" seed=0,1,2 "algorithm.name='$name'" "${@/#/++algorithm.options.}" \
-    ${FRAMES:+task.total_frames=$FRAMES} output="benchmarks/results/learning/$TASK-$file.jsonl"
-}
-
+LR=3e-4 FRAMES=
 ALL=sac,nclql,sql,td3,qsm,lql,nclql_best
 TASK=${2:-Reacher-v5}
 case $1 in
@@ -49,10 +44,11 @@ case $1 in
     change options "best of 8 when evaluating" sampler.deterministic_num_particles=8
     ;;
   combinations) # what helped alone, with the preset best
-    change_best combinations "best, observation normalisation" network.normalize_observation=true
-    change_best combinations "best, w 50" sampler.w=50
-    change_best combinations "best, raw gradient" sampler.normalize_gradient=false
-    change_best combinations "best, 5 levels x 2" sampler.num_levels=5 sampler.sigma_max=0.01
+    FAMILY=nclql_best LR=
+    change combinations "best, observation normalisation" network.normalize_observation=true
+    change combinations "best, w 50" sampler.w=50
+    change combinations "best, raw gradient" sampler.normalize_gradient=false
+    change combinations "best, 5 levels x 2" sampler.num_levels=5 sampler.sigma_max=0.01
     ;;
   tau) # is it the tuning? SAC with the targets, and with the learning rate, of nclql_best
     for lr in 3e-4 1e-3; do
@@ -75,13 +71,13 @@ case $1 in
     change ablations "raw gradient, w 50" sampler.normalize_gradient=false sampler.w=50
     ;;
   double-ablations) # the ablations of a second task, of the preset best: the first 7,000 steps, within which it learns
-    TASK=InvertedDoublePendulum-v5 FRAMES=7000
-    change_best ablations "LQL, step 1e-3" sampler.num_levels=1 sampler.steps_per_level=20 sampler.step_lr=1e-3
-    change_best ablations "raw gradient" sampler.normalize_gradient=false
-    change_best ablations "w 50" sampler.w=50
-    change_best ablations "5 levels x 2" sampler.num_levels=5 sampler.sigma_max=0.01
-    change_best ablations "sigma_max 0.3" sampler.sigma_max=0.3 sampler.num_levels=13
-    change_best ablations "10 x 4" sampler.steps_per_level=4
+    TASK=InvertedDoublePendulum-v5 FAMILY=nclql_best LR= FRAMES=7000
+    change ablations "LQL, step 1e-3" sampler.num_levels=1 sampler.steps_per_level=20 sampler.step_lr=1e-3
+    change ablations "raw gradient" sampler.normalize_gradient=false
+    change ablations "w 50" sampler.w=50
+    change ablations "5 levels x 2" sampler.num_levels=5 sampler.sigma_max=0.01
+    change ablations "sigma_max 0.3" sampler.sigma_max=0.3 sampler.num_levels=13
+    change ablations "10 x 4" sampler.steps_per_level=4
     ;;
   *) echo "expected pendulum, inverted, double, reacher, swimmer, hopper, halfcheetah, tau, options, combinations, ablations or double-ablations" >&2; exit 2 ;;
 esac
