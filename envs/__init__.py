@@ -3,7 +3,7 @@
 Importing this package does not import JAX, and starts no GPU.
 """
 
-from envs.factory import ENGINES, list_engines, list_tasks, make_env, register_task
+from envs.factory import ENGINES, default_engine, list_engines, list_tasks, make_env, register_task
 from envs.task import Task
 
-__all__ = ["ENGINES", "Task", "list_engines", "list_tasks", "make_env", "register_task"]
+__all__ = ["ENGINES", "Task", "default_engine", "list_engines", "list_tasks", "make_env", "register_task"]

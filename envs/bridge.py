@@ -1,9 +1,9 @@
 """JAX arrays and torch tensors over the same memory, on the CPU or a CUDA device.
 
-Neither direction copies, and the host waits for no CUDA device. DLPack orders the two libraries' streams: whoever takes
-an array over names its own stream, and the other makes that stream wait for what it has under way. Shared memory asks
-for care: what was made a tensor must not be donated to a later JAX computation, and a tensor made an array must not be
-written to before the JAX computation that reads it has given its results to torch.
+Neither direction copies, and neither makes the host wait for a CUDA device. DLPack orders the two libraries' streams:
+whoever takes an array over names its own stream, and the other makes that stream wait for what it has under way. Shared
+memory asks for care: what was made a tensor must not be donated to a later JAX computation, and a tensor made an array
+must not be written to before the JAX computation that reads it has given its results to torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
     tensor = tensor.detach().contiguous()
     if tensor.data_ptr() % ALIGNMENT:
         tensor = tensor.clone()
-    return jax.dlpack.from_dlpack(tensor)
+    # torch hands out memory of its current device only.
+    with torch.cuda.device_of(tensor):
+        return jax.dlpack.from_dlpack(tensor)
 
 
 def to_jax_device(device: torch.device) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
@@ -52,5 +54,5 @@ def to_jax_device(device: torch.device) -> jax.Device:  # pyright: ignore[report
     except (RuntimeError, IndexError) as error:
         raise RuntimeError(
             f"JAX does not see the device {str(device)!r}; it sees {', '.join(map(str, jax.local_devices()))}. On a "
-            "machine with a GPU install JAX for CUDA (pip install 'jax[cuda12]'), or choose engine='mujoco'."
+            "machine with a GPU install JAX for CUDA (pip install 'jax[cuda13]'), or choose engine='mujoco'."
         ) from error

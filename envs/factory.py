@@ -131,11 +131,9 @@ def make_env(
         register_task(type(task))
         task_options = {field.name: getattr(task, field.name) for field in fields(task)}
         task = task.name
-    if ":" in task:
-        module, task = task.split(":", 1)
-        importlib.import_module(module)
     if engine == "auto":
-        engine = "gymnasium" if task not in TASKS else "mjx" if torch.device(device).type == "cuda" else "mujoco"
+        engine = default_engine(task, device)
+    task = _import_task(task)
     options = dict(engine_options or {})
     if engine == "gymnasium":
         return _make_gymnasium_env(task, num_envs, device, seed, options, task_options)
@@ -146,6 +144,30 @@ def make_env(
     else:
         from envs.engines.mujoco import MujocoEngine as engine_class
     return BatchedEnv(_make_engine(engine, engine_class, definition, num_envs, device, options), seed=seed)
+
+
+def default_engine(task: str, device: torch.device | str = "cpu") -> str:
+    """The engine that "auto" means.
+
+    Args:
+        task: a task's name, or "module:id".
+        device: where observations and actions live.
+
+    Examples:
+        >>> default_engine("Hopper-v5"), default_engine("Hopper-v5", "cuda"), default_engine("Pendulum-v1", "cuda")
+        ('mujoco', 'mjx', 'gymnasium')
+    """
+    if _import_task(task) not in TASKS:
+        return "gymnasium"
+    return "mjx" if torch.device(device).type == "cuda" else "mujoco"
+
+
+def _import_task(task: str) -> str:
+    """The name alone of "module:id", once the module is imported, which registers it."""
+    module, _, name = task.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    return name
 
 
 def _make_gymnasium_env(

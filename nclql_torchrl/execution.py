@@ -6,7 +6,7 @@
                 (torch.compile). The first call of every batch shape compiles for tens of seconds on a CPU; later
                 processes find the result in torch's cache on disk.
 ``cudagraph``   The compiled programs captured as CUDA graphs: one launch instead of hundreds.
-``auto``        ``cudagraph`` on a GPU, ``compile`` on a CPU where there is a C++ compiler, else ``eager``.
+``auto``        ``cudagraph`` on a GPU with Triton, ``compile`` on a CPU with a C++ compiler, else ``eager``.
 ==============  ====================================================================================================
 
 Whichever it is, the random numbers come from outside: what is compiled or captured is a deterministic function. Batches
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._triton import has_triton
 from torchrl import torchrl_logger
 
 from nclql_torchrl.mish import mish_with_slope
@@ -68,7 +69,8 @@ def resolve(execution: Execution, device: str) -> Execution:
     if execution != "auto":
         return execution
     if device == "cuda":
-        return "cudagraph"
+        # Triton builds its launchers with the host's compiler.
+        return "cudagraph" if has_triton() and _has_cpp_compiler() else "eager"
     return "compile" if device == "cpu" and _has_cpp_compiler() else "eager"
 
 
@@ -127,20 +129,23 @@ def capture(function: Callable[..., tuple[Any, ...]], inputs: Sequence[Tensor]) 
     prepared on the host while the GPU works.
     """
     static = [tensor.clone() for tensor in inputs]
-    # What compiles, chooses kernels or makes handles does so before the capture, on a stream of its own.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARMUP_CALLS):
-            function(*static)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function(*static)
+    # Streams are made on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(static[0]):
+        # What compiles, chooses kernels or makes handles does so before the capture, on a stream of its own.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP_CALLS):
+                function(*static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # JAX's threads may allocate meanwhile, which would spoil a capture that watches the whole process.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = function(*static)
 
     def replay(*inputs: Tensor) -> tuple[Any, ...]:
-        for target, source in zip(static, inputs, strict=True):
-            target.copy_(source, non_blocking=True)
+        # One launch for all of one type.
+        torch._foreach_copy_(static, list(inputs), non_blocking=True)
         graph.replay()
         # The graph overwrites its outputs at the next replay.
         return tuple(None if output is None else output.clone() for output in outputs)
@@ -177,7 +182,7 @@ class Executor:
         """Normalised actions, shape [*batch, action_dim], and statistics, [*batch] each."""
         execution = self._resolve(value.device.type)
         run = {"eager": self.chain, "compile": self._compile, "cudagraph": self._replay}[execution]
-        with _tensor_cores(value):
+        with tensor_cores(value.device):
             num_states, part = value.batch_shape.numel(), max(1, MEMORY_LIMIT // value.memory_per_state)
             if num_states <= part:
                 return run(sampler, value, start, noise)
@@ -295,17 +300,23 @@ def _in_parts(
 
 
 @contextlib.contextmanager
-def _tensor_cores(value: ActionValue) -> Iterator[None]:
-    """TF32 products for float32 chains on a GPU, for the length of the chain; the process's setting comes back."""
+def tensor_cores(device: torch.device) -> Iterator[None]:
+    """TF32 products of float32 matrices on a GPU, as chains have them; the process's setting comes back.
+
+    Args:
+        device: of the matrices; on any but a CUDA device this does nothing.
+    """
     matmul = torch.backends.cuda.matmul
-    if value.device.type != "cuda" or matmul.allow_tf32 or torch.compiler.is_compiling():
+    # Not `allow_tf32`, which cannot be read any more once a user has set the newer `fp32_precision`.
+    if device.type != "cuda" or torch.compiler.is_compiling() or matmul.fp32_precision == "tf32":
         yield
         return
-    matmul.allow_tf32 = True
+    previous = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
-        matmul.allow_tf32 = False
+        matmul.fp32_precision = previous
 
 
 def _has_cpp_compiler() -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from nclql_torchrl.actor import LangevinActor
+from nclql_torchrl.execution import tensor_cores
 from nclql_torchrl.langevin import LangevinSampler
 
 Program = Callable[..., Tensor]
@@ -179,6 +180,8 @@ def _difference(program: Program, actor: LangevinActor, policy: SamplingPolicy, 
         kind = ExplorationType.DETERMINISTIC if arity == 1 else ExplorationType.RANDOM
         with set_exploration_type(kind):
             expected = actor(tensordict)[actor.action_key]
-        difference = (program(*arguments) - expected).abs() / policy.sampler.action_half_range
+        # A program computes in the process's precision, the actor in that of chains.
+        with tensor_cores(expected.device):
+            difference = (program(*arguments) - expected).abs() / policy.sampler.action_half_range
         largest = max(largest, float(difference.max()))
     return largest

@@ -283,7 +283,7 @@ def test_gpu_modes_agree_with_eager(kind: str, mode: str) -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     batch = observations(6).to("cuda")
     assert not torch.equal(actor(batch.clone())["action"], actor(batch.clone())["action"]), "noise is fresh"
-    assert not torch.backends.cuda.matmul.allow_tf32, "the process's setting comes back"
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32", "the process's setting comes back"
 
 
 @pytest.mark.gpu

@@ -143,12 +143,12 @@ def _write_state(env: gymnasium.Env, state: Mapping[str, Any]) -> None:
         mujoco = _mujoco()
 
         mujoco.mj_setState(
-            simulation.model, simulation.data, state["mujoco"].numpy(), mujoco.mjtState.mjSTATE_INTEGRATION
+            simulation.model, simulation.data, state["mujoco"].numpy(force=True), mujoco.mjtState.mjSTATE_INTEGRATION
         )
-        simulation.data.xpos[:] = state["xpos"].numpy()
-        simulation.data.xipos[:] = state["xipos"].numpy()
+        simulation.data.xpos[:] = state["xpos"].numpy(force=True)
+        simulation.data.xipos[:] = state["xipos"].numpy(force=True)
     elif "state" in state:
-        simulation.state = state["state"].numpy().copy()
+        simulation.state = state["state"].numpy(force=True).copy()
 
 
 def _mujoco_state(simulation: Any) -> np.ndarray:

@@ -23,6 +23,7 @@ from torchrl.checkpoint import (
     CheckpointError,
     CheckpointOptions,
     CheckpointRotation,
+    GlobalRNGState,
     StateDictCheckpointAdapter,
 )
 
@@ -40,6 +41,20 @@ POLICY = ("config", "loss")
 """What acting needs: the components of a best checkpoint."""
 
 BEST_METRIC = "evaluation_return"
+
+
+class RandomStates(GlobalRNGState):
+    """Random states of Python, NumPy and torch; of GPUs only where there are as many as when they were saved.
+
+    So a run can go on where there is no GPU, or another number of them, with draws that it would not have made.
+    """
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores what fits this machine."""
+        state = dict(state_dict)
+        if len(state.get("torch_cuda", ())) != torch.cuda.device_count():
+            state.pop("torch_cuda", None)
+        super().load_state_dict(state)
 
 
 def make_checkpoint(**components: Any) -> Checkpoint:

@@ -352,6 +352,11 @@ def validate(config: TrainConfig) -> None:
                     f"collector.{name} is {value}, but there are no workers with collector.backend=direct; expected "
                     f"{default}, or collector.backend=async."
                 )
+    if config.sampler.execution == "cudagraph" and collector.backend != "direct" and collector.device == "cpu":
+        raise ConfigError(
+            "sampler.execution is 'cudagraph' with workers that act on a CPU (collector.device=cpu); expected 'auto', "
+            "which is CUDA graphs for the learner alone, or collector.device=cuda."
+        )
     if collector.backend == "ray" and importlib.util.find_spec("ray") is None:
         raise ConfigError("collector.backend is 'ray', which is not installed; pip install 'nclql-torchrl[ray]'.")
 

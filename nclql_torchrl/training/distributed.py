@@ -96,18 +96,20 @@ class Learners:
         return replace(config, run_dir=str(path), resume=resume, logger=replace(config.logger, backend="none"))
 
     def device(self, name: str) -> torch.device:
-        """The device of this rank: of several GPUs the one of its number on its machine.
+        """The device of this rank, which becomes the current one: of several GPUs that of its number on its machine.
 
         Raises:
             ConfigError: for a device that this machine does not have, or one GPU for several ranks.
         """
         device = make_device(name)
-        if self.world_size == 1 or device.type != "cuda":
+        if device.type != "cuda":
             return device
+        if self.world_size > 1:
+            if device.index is not None:
+                raise ConfigError(f"device is {name!r} with {self.world_size} learners; expected auto or cuda.")
+            device = make_device(f"cuda:{self.local_rank}")
         if device.index is not None:
-            raise ConfigError(f"device is {name!r} with {self.world_size} learners; expected auto or cuda.")
-        device = make_device(f"cuda:{self.local_rank}")
-        torch.cuda.set_device(device)
+            torch.cuda.set_device(device)
         return device
 
     def latest_checkpoint(self, run: RunDirectory) -> Path | None:

@@ -7,8 +7,8 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDictBase
-from torchrl.checkpoint import Checkpoint, GlobalRNGState
+from torchrl.checkpoint import Checkpoint
 from torchrl.collectors import Collector
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm
 
+from envs import default_engine
 from envs.engines.gymnasium import GymnasiumEnvs
 from nclql_torchrl.actor import LangevinActor
 from nclql_torchrl.loss import NCLQLLoss
 from nclql_torchrl.temperature import AutomaticTemperature
 from nclql_torchrl.training.checkpoint import (
+    RandomStates,
     latest_checkpoint,
     load_checkpoint,
     make_checkpoint,
@@ -105,6 +107,10 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
     elif config.run_dir is not None:
         refuse_taken(Path(config.run_dir))
     device = learners.device(config.device)
+    if config.collector.backend == "direct" and config.env.engine == "auto":
+        # Into config.yaml it goes as what it is here: on another device "auto" is an engine with another state.
+        engine = default_engine(config.env.task, device)
+        config, share = (replace(each, env=replace(each.env, engine=engine)) for each in (config, share))
     random.seed(share.seed)
     np.random.seed(share.seed)
     torch.manual_seed(share.seed)
@@ -132,7 +138,7 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
         optimizer=update.optimizer,
         progress=progress,
         replay_buffer=ReplayState(replay_buffer),
-        rng=GlobalRNGState(),
+        rng=RandomStates(),
         window=window,
         **({} if temperature is None else {"temperature": temperature}),
         **({} if n_step is None else {"n_step": n_step}),
@@ -365,9 +371,18 @@ def check_finite_losses(window: MetricsWindow, updates: int) -> None:
         )
 
 
+def unchanged_random_states(probe: LangevinActor) -> AbstractContextManager[None]:
+    """Within it an actor may draw: torch's random states come back, of its device and of the CPU.
+
+    Looking at those of other GPUs, as ``fork_rng`` does by default, would initialise these.
+    """
+    device = next(probe.parameters()).device
+    return torch.random.fork_rng([] if device.type == "cpu" else [device])
+
+
 def run_evaluation(config: TrainConfig, probe: LangevinActor) -> Evaluation:
     """Evaluates on the run's evaluation seeds, without touching the run's random states."""
-    with torch.random.fork_rng():
+    with unchanged_random_states(probe):
         return evaluate(
             probe,
             config.env.task,
@@ -394,7 +409,7 @@ def evaluation_row(evaluation: Evaluation) -> dict[str, float]:
 @torch.no_grad()
 def sampler_diagnostics(probe: LangevinActor, replay_buffer: TensorDictReplayBuffer) -> dict[str, float]:
     """What exploring chains do on a replayed batch of observations, without touching the run's random states."""
-    with torch.random.fork_rng(), set_exploration_type(ExplorationType.RANDOM):
+    with unchanged_random_states(probe), set_exploration_type(ExplorationType.RANDOM):
         tensordict = probe(sample(replay_buffer).select("observation"))
     return {key: float(tensordict[key].mean()) for key in probe.diagnostic_keys}
 

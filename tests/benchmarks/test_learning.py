@@ -57,7 +57,11 @@ def test_the_best_settings_are_the_preset_of_that_name() -> None:
     options = compose_config("algorithm=nclql_best").algorithm.options
     standard = TrainConfig()
     assert OmegaConf.to_object(OmegaConf.merge(asdict(standard), options)) == asdict(
-        replace(preset, sampler=standard.sampler, collector=standard.collector)
+        replace(
+            preset,
+            sampler=replace(preset.sampler, execution=standard.sampler.execution),
+            collector=standard.collector,
+        )
     )
     assert preset.collector.init_random_frames == TaskConfig().init_random_frames
 

@@ -17,6 +17,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointError
 from nclql_torchrl.training import TrainConfig, train
 from nclql_torchrl.training.checkpoint import (
     INVENTORY,
+    RandomStates,
     best_checkpoint,
     latest_checkpoint,
     load_checkpoint,
@@ -112,6 +113,15 @@ def test_a_symbolic_link_is_refused(saved: Path) -> None:
     (saved / "link.json").symlink_to("/etc/hostname")
     with pytest.raises(CheckpointError, match=r"link.json"):
         load(saved)
+
+
+def test_random_states_of_gpus_that_are_not_here_are_left_out() -> None:
+    states = RandomStates()
+    saved = states.state_dict()
+    drawn = torch.rand(3)
+    gpus = [torch.zeros(16, dtype=torch.uint8)] * (torch.cuda.device_count() + 1)
+    states.load_state_dict({**saved, "torch_cuda": gpus})
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

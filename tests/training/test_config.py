@@ -58,6 +58,11 @@ def test_an_impossible_value_is_an_error(tiny_config: Callable[..., TrainConfig]
     assert config.run_dir is not None and not Path(config.run_dir).exists()
 
 
+def test_workers_on_a_cpu_have_no_cuda_graphs(tiny_config: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"'cudagraph' with workers that act on a CPU .*; expected 'auto'"):
+        train(tiny_config("sampler.execution=cudagraph", "collector.backend=async"))
+
+
 def test_returns_of_several_steps_need_one_stream_of_them(tiny_config: Callable[..., TrainConfig]) -> None:
     with pytest.raises(ConfigError, match=r"optim.n_steps is 3 with collector.backend=async.*expected 1, or"):
         train(tiny_config("optim.n_steps=3", "collector.backend=async"))

@@ -113,6 +113,7 @@ def test_a_gpu_is_busy_while_anything_runs_on_it() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_that_multiplies_is_busy_and_one_that_waits_is_not(tmp_path: Path) -> None:
     matrix = torch.rand(4096, 4096, device="cuda")
+    torch.mm(matrix, matrix)  # The first one loads cuBLAS, for longer than the others take.
     torch.cuda.synchronize()
     idle = []
     for pause in (0.0, 2.0):

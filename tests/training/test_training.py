@@ -25,6 +25,7 @@ from envs import make_env
 from nclql_torchrl.training import Interrupted, RunDirectory, TrainConfig, TrainingError, components, train, training
 from nclql_torchrl.training.checkpoint import latest_checkpoint
 from nclql_torchrl.training.components import sample
+from nclql_torchrl.training.config import load_config
 from nclql_torchrl.training.evaluation import Evaluation, load_policy
 from nclql_torchrl.training.training import crossed, updates_due
 from tests.training.runs import assert_same_run, final_state, rows_without_timings
@@ -203,6 +204,27 @@ def test_a_signal_saves_a_checkpoint_and_restores_the_handlers(
     assert interruption.value.exit_status == 143
     assert latest_checkpoint(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000064"
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_run_keeps_the_engine_that_was_chosen_for_it(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config = tiny_config("env.task=InvertedPendulum-v5", "env.engine=auto", "collector.total_frames=50")
+    train(config)
+    assert config.env.engine == "auto"
+    assert load_config(str(RunDirectory.open(tmp_path / "run").config)).env.engine == "mujoco"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("task", ["Pendulum-v1", "InvertedPendulum-v5"])
+def test_a_run_on_a_gpu_goes_on_there_and_on_a_cpu(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path, task: str
+) -> None:
+    train(tiny_config("device=cuda", f"env.task={task}", "env.engine=auto", "collector.total_frames=100"))
+    run = RunDirectory.open(tmp_path / "run")
+    for device, frames in (("cuda", 140), ("cpu", 180)):
+        config = load_config(str(run.config), [f"device={device}", f"collector.total_frames={frames}"])
+        config.resume = str(run.path)
+        assert train(config)["frames"] == frames
 
 
 def test_resuming_a_finished_run_extends_it(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> None:

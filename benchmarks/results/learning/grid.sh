@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The lines of this directory's JSON files: benchmarks/results/learning/grid.sh pendulum|inverted|double|reacher|swimmer|hopper|halfcheetah
-# and benchmarks/results/learning/grid.sh options|combinations|ablations|tau [TASK] or double-ablations.
+# The lines of this directory's JSON files: benchmarks/results/learning/grid.sh all|options|combinations|ablations|tau [TASK]
+# or double-ablations.
 # Finished runs are skipped, so a grid that was stopped is continued by the same command.
 cd "$(dirname "$0")/../../.." || exit
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -20,16 +20,10 @@ change() {
 }
 
 LR=3e-4 FRAMES=
-ALL=sac,nclql,sql,td3,qsm,lql,nclql_best
 TASK=${2:-Reacher-v5}
+AUTHORS_CHAIN="sampler.num_levels=10 sampler.sigma_max=0.1"
 case $1 in
-  pendulum) for seed in 0 1 2; do learn algorithm=$ALL task=Pendulum-v1 seed=$seed; done ;;
-  inverted) for seed in 0 1 2; do learn algorithm=sac,nclql,nclql_best task=InvertedPendulum-v5 seed=$seed; done ;;
-  reacher) for seed in 0 1 2; do learn algorithm=$ALL task=Reacher-v5 seed=$seed; done ;;
-  halfcheetah) for seed in 0 1 2; do learn algorithm=sac,nclql_best,nclql task=HalfCheetah-v5 seed=$seed; done ;;
-  hopper) for seed in 0 1 2; do learn algorithm=sac,nclql_best,nclql task=Hopper-v5 seed=$seed; done ;;
-  swimmer) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=Swimmer-v5 seed=$seed; done ;;
-  double) for seed in 0 1 2; do learn algorithm=nclql,sac,qsm,nclql_best task=InvertedDoublePendulum-v5 seed=$seed; done ;;
+  all) for seed in 0 1 2; do learn algorithm=sac,nclql,sql,td3,qsm,lql,nclql_best task="$TASK" seed=$seed; done ;;
   options) # what might make it better, one at a time
     change options "lr 3e-4"
     change options "lr 1e-3" optim.lr=1e-3
@@ -43,12 +37,12 @@ case $1 in
     change options "observation normalisation" network.normalize_observation=true
     change options "best of 8 when evaluating" sampler.deterministic_num_particles=8
     ;;
-  combinations) # what helped alone, with the preset best
+  combinations) # the preset best with the authors' chain, and what helped alone with that
     FAMILY=nclql_best LR=
-    change combinations "best, observation normalisation" network.normalize_observation=true
-    change combinations "best, w 50" sampler.w=50
-    change combinations "best, raw gradient" sampler.normalize_gradient=false
-    change combinations "best, 5 levels x 2" sampler.num_levels=5 sampler.sigma_max=0.01
+    change combinations "10 levels x 2" $AUTHORS_CHAIN
+    change combinations "10 levels x 2, observation normalisation" $AUTHORS_CHAIN network.normalize_observation=true
+    change combinations "10 levels x 2, w 50" $AUTHORS_CHAIN sampler.w=50
+    change combinations "10 levels x 2, raw gradient" $AUTHORS_CHAIN sampler.normalize_gradient=false
     ;;
   tau) # is it the tuning? SAC with the targets, and with the learning rate, of nclql_best
     for lr in 3e-4 1e-3; do
@@ -72,12 +66,12 @@ case $1 in
     ;;
   double-ablations) # the ablations of a second task, of the preset best: the first 7,000 steps, within which it learns
     TASK=InvertedDoublePendulum-v5 FAMILY=nclql_best LR= FRAMES=7000
-    change ablations "LQL, step 1e-3" sampler.num_levels=1 sampler.steps_per_level=20 sampler.step_lr=1e-3
-    change ablations "raw gradient" sampler.normalize_gradient=false
-    change ablations "w 50" sampler.w=50
-    change ablations "5 levels x 2" sampler.num_levels=5 sampler.sigma_max=0.01
-    change ablations "sigma_max 0.3" sampler.sigma_max=0.3 sampler.num_levels=13
-    change ablations "10 x 4" sampler.steps_per_level=4
+    change ablations "5 levels x 2" sampler.num_levels=5 sampler.sigma_max=0.01 # as in the preset
+    change ablations "LQL, step 1e-3" sampler.num_levels=1 sampler.sigma_max=0.1 sampler.steps_per_level=20 sampler.step_lr=1e-3
+    change ablations "10 levels x 2, raw gradient" $AUTHORS_CHAIN sampler.normalize_gradient=false
+    change ablations "10 levels x 2, w 50" $AUTHORS_CHAIN sampler.w=50
+    change ablations "13 levels x 2, sigma_max 0.3" sampler.sigma_max=0.3 sampler.num_levels=13
+    change ablations "10 levels x 4" $AUTHORS_CHAIN sampler.steps_per_level=4
     ;;
-  *) echo "expected pendulum, inverted, double, reacher, swimmer, hopper, halfcheetah, tau, options, combinations, ablations or double-ablations" >&2; exit 2 ;;
+  *) echo "expected all, options, combinations, tau, ablations or double-ablations" >&2; exit 2 ;;
 esac
