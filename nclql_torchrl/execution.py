@@ -145,7 +145,7 @@ def capture(function: Callable[..., tuple[Any, ...]], inputs: Sequence[Tensor]) 
 
     def replay(*inputs: Tensor) -> tuple[Any, ...]:
         # One launch for all of one type.
-        torch._foreach_copy_(static, list(inputs), non_blocking=True)
+        torch._foreach_copy_(static, list(inputs), non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
         graph.replay()
         # The graph overwrites its outputs at the next replay.
         return tuple(None if output is None else output.clone() for output in outputs)
