@@ -12,7 +12,9 @@ from torchrl.objectives import SACLoss, SoftUpdate
 from benchmarks.baselines.algorithm import Algorithm, Problem, make_critics, make_mlp, with_value
 
 
-def make_sac(problem: Problem, *, lr: float = 3e-4, alpha: float | None = None) -> Algorithm:
+def make_sac(
+    problem: Problem, *, lr: float = 3e-4, alpha: float | None = None, compile_update: bool = False
+) -> Algorithm:
     """SAC with the paper's settings: Adam, two critics, tuned temperature with a target entropy of -action_dim.
 
     The target holds for actions in [-1, 1]; in the environment's units it is larger by the logarithm of the half range.
@@ -21,6 +23,7 @@ def make_sac(problem: Problem, *, lr: float = 3e-4, alpha: float | None = None) 
         problem: sizes, bounds and discount.
         lr: Adam's learning rate of actor, critics and temperature.
         alpha: a fixed temperature instead of the tuned one.
+        compile_update: whether the update is a compiled program, as NC-LQL's is, for comparisons in seconds.
     """
     network = nn.Sequential(
         make_mlp(problem, problem.observation_dim, 2 * problem.action_dim),
@@ -54,4 +57,4 @@ def make_sac(problem: Problem, *, lr: float = 3e-4, alpha: float | None = None) 
         target_updater.step()
         return losses.detach()
 
-    return Algorithm(actor, loss, update, with_value(actor, loss))
+    return Algorithm(actor, loss, torch.compile(update) if compile_update else update, with_value(actor, loss))

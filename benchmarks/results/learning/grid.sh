@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The lines of this directory's JSON files: benchmarks/results/learning/grid.sh all|options|combinations|ablations|tau [TASK]
+# The lines of this directory's JSON files: benchmarks/results/learning/grid.sh all|options|combinations|ablations|tau|seconds [TASK]
 # or double-ablations.
 # Finished runs are skipped, so a grid that was stopped is continued by the same command.
 cd "$(dirname "$0")/../../.." || exit
@@ -19,7 +19,7 @@ change() {
     output="benchmarks/results/learning/$TASK-$file.jsonl"
 }
 
-LR=3e-4 FRAMES=
+LR=3e-4 FRAMES=${FRAMES:-}
 TASK=${2:-Reacher-v5}
 AUTHORS_CHAIN="sampler.num_levels=10 sampler.sigma_max=0.1"
 case $1 in
@@ -50,6 +50,14 @@ case $1 in
         output="benchmarks/results/learning/$TASK-tau.jsonl"
     done
     ;;
+  seconds) # SAC's update compiled, as NC-LQL's is. FRAMES=45000 gives it the seconds of nclql_best on the larger tasks
+    compiled_sac() {
+      learn algorithm=sac task="$TASK" seed=0,1,2 +algorithm.options.compile_update=true "algorithm.name='$1'" "${@:2}" \
+        ${FRAMES:+task.total_frames=$FRAMES} output="benchmarks/results/learning/$TASK-seconds.jsonl"
+    }
+    compiled_sac "sac, compiled"
+    compiled_sac "sac, lr 1e-3, compiled" +algorithm.options.lr=1e-3 task.tau=0.02
+    ;;
   ablations) # of "lr 3e-4" in the options, which is 10 levels of 2 steps. Every schedule can mix: at least
     # 0.5 (sigma_l / sigma_(l+1))^2 steps per level.
     change ablations "w 50" sampler.w=50
@@ -73,5 +81,5 @@ case $1 in
     change ablations "13 levels x 2, sigma_max 0.3" sampler.sigma_max=0.3 sampler.num_levels=13
     change ablations "10 levels x 4" $AUTHORS_CHAIN sampler.steps_per_level=4
     ;;
-  *) echo "expected all, options, combinations, tau, ablations or double-ablations" >&2; exit 2 ;;
+  *) echo "expected all, options, combinations, tau, seconds, ablations or double-ablations" >&2; exit 2 ;;
 esac
