@@ -91,6 +91,21 @@ class TestEveryAlgorithm:
         assert reward.mean() > 0.7
 
 
+@pytest.mark.slow
+def test_a_compiled_update_of_sac_trains_all_that_an_update_does() -> None:
+    moves = []
+    for compile_update in (False, True):
+        algorithm = FAMILIES["sac"](PROBLEM, lr=3e-4, compile_update=compile_update)
+        before = {name: parameter.detach().clone() for name, parameter in algorithm.loss.named_parameters()}
+        assert algorithm.update(transitions())["loss_qvalue"] > 0.0
+        moves.append({name: value - before[name] for name, value in algorithm.loss.named_parameters()})
+    assert moves[0].keys() == moves[1].keys()
+    for name, move in moves[0].items():
+        # Adam's first step is the learning rate, wherever there is a gradient.
+        for moved in (move, moves[1][name]):
+            torch.testing.assert_close(moved.abs().max(), torch.tensor(3e-4), rtol=1e-2, atol=0.0)
+
+
 @pytest.mark.parametrize("family", OWN_LOSSES)
 class TestOwnLosses:
     def test_gradients_reach_only_their_own_parameters(self, family: str) -> None:

@@ -107,7 +107,8 @@ def check_runs(directory: Path) -> None:
 
     def config(name: str, *options: str) -> TrainConfig:
         tuned = ("sampler.w=auto", "sampler.target_spread=0.9")
-        return load_config({}, [*TINY, f"run_dir={directory / name}", *tuned, *options])
+        stateful = ("network.normalize_observation=true", "optim.n_steps=3")
+        return load_config({}, [*TINY, f"run_dir={directory / name}", *tuned, *stateful, *options])
 
     rank = os.environ["RANK"]
     whole = train(config("whole", "profile=true"))
