@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -114,7 +115,8 @@ def envpool(task: str, num_envs: int) -> Steps:
     """EnvPool, synchronous, on the threads that the ``mujoco`` engine would use."""
     import envpool as library  # pyright: ignore[reportMissingImports]
 
-    env: Any = library.make(task, env_type="gymnasium", num_envs=num_envs, num_threads=torch.get_num_threads(), seed=0)
+    threads = len(os.sched_getaffinity(0))
+    env: Any = library.make(task, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=0)
     env.reset()
     space = env.action_space
     generator = np.random.default_rng(0)
