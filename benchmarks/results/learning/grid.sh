@@ -21,7 +21,7 @@ change() {
 
 LR=3e-4 FRAMES=${FRAMES:-}
 TASK=${2:-Reacher-v5}
-AUTHORS_CHAIN="sampler.num_levels=10 sampler.sigma_max=0.1"
+AUTHORS_CHAIN="sampler.num_levels=10 sampler.sigma_max=0.1 sampler.w=500"
 case $1 in
   all) for seed in 0 1 2; do learn algorithm=sac,nclql,sql,td3,qsm,lql,nclql_best task="$TASK" seed=$seed; done ;;
   options) # what might make it better, one at a time
@@ -37,12 +37,16 @@ case $1 in
     change options "observation normalisation" network.normalize_observation=true
     change options "best of 8 when evaluating" sampler.deterministic_num_particles=8
     ;;
-  combinations) # the preset best with the authors' chain, and what helped alone with that
+  combinations) # the preset best with the authors' chain, what helped alone with that, and the way to the chain of best
     FAMILY=nclql_best LR=
-    change combinations "10 levels x 2" $AUTHORS_CHAIN
-    change combinations "10 levels x 2, observation normalisation" $AUTHORS_CHAIN network.normalize_observation=true
+    change combinations "10 levels x 2, w 500" $AUTHORS_CHAIN
+    change combinations "10 levels x 2, w 500, observation normalisation" $AUTHORS_CHAIN network.normalize_observation=true
     change combinations "10 levels x 2, w 50" $AUTHORS_CHAIN sampler.w=50
-    change combinations "10 levels x 2, raw gradient" $AUTHORS_CHAIN sampler.normalize_gradient=false
+    change combinations "10 levels x 2, w 500, raw gradient" $AUTHORS_CHAIN sampler.normalize_gradient=false
+    change combinations "5 levels x 2, w 500" sampler.w=500
+    change combinations "5 levels x 2, w 500, delay_actor" sampler.w=500 optim.delay_actor=true
+    change combinations "5 levels x 2, w 50" sampler.w=50
+    change combinations "7 levels x 2, w 50" sampler.num_levels=7 sampler.sigma_max=0.0316 sampler.w=50
     ;;
   tau) # is it the tuning? SAC with the targets, and with the learning rate, of nclql_best
     for lr in 3e-4 1e-3; do
@@ -72,14 +76,14 @@ case $1 in
     change ablations "20 levels x 2" sampler.num_levels=20
     change ablations "raw gradient, w 50" sampler.normalize_gradient=false sampler.w=50
     ;;
-  double-ablations) # the ablations of a second task, of the preset best: the first 7,000 steps, within which it learns
+  double-ablations) # the ablations of a second task, of the preset best with w 500: the first 7,000 steps
     TASK=InvertedDoublePendulum-v5 FAMILY=nclql_best LR= FRAMES=7000
-    change ablations "5 levels x 2" sampler.num_levels=5 sampler.sigma_max=0.01 # as in the preset
-    change ablations "LQL, step 1e-3" sampler.num_levels=1 sampler.sigma_max=0.1 sampler.steps_per_level=20 sampler.step_lr=1e-3
     change ablations "10 levels x 2, raw gradient" $AUTHORS_CHAIN sampler.normalize_gradient=false
     change ablations "10 levels x 2, w 50" $AUTHORS_CHAIN sampler.w=50
-    change ablations "13 levels x 2, sigma_max 0.3" sampler.sigma_max=0.3 sampler.num_levels=13
     change ablations "10 levels x 4" $AUTHORS_CHAIN sampler.steps_per_level=4
+    change ablations "13 levels x 2, sigma_max 0.3" sampler.sigma_max=0.3 sampler.num_levels=13 sampler.w=500
+    change ablations "5 levels x 2" sampler.w=500
+    change ablations "LQL, step 1e-3" $AUTHORS_CHAIN sampler.num_levels=1 sampler.steps_per_level=20 sampler.step_lr=1e-3
     ;;
   *) echo "expected all, options, combinations, tau, seconds, ablations or double-ablations" >&2; exit 2 ;;
 esac
