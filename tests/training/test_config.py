@@ -58,6 +58,12 @@ def test_an_impossible_value_is_an_error(tiny_config: Callable[..., TrainConfig]
     assert config.run_dir is not None and not Path(config.run_dir).exists()
 
 
+def test_the_preset_for_a_cpu_learns_as_the_best_does() -> None:
+    presets = Path(__file__).parents[2] / "nclql_torchrl" / "conf" / "preset"
+    cpu, best = (load_config(str(presets / f"{name}.yaml")) for name in ("cpu", "best"))
+    assert (cpu.optim, cpu.sampler, cpu.network) == (best.optim, best.sampler, best.network)
+
+
 def test_workers_on_a_cpu_have_no_cuda_graphs(tiny_config: Callable[..., TrainConfig]) -> None:
     with pytest.raises(ConfigError, match=r"'cudagraph' with workers that act on a CPU .*; expected 'auto'"):
         train(tiny_config("sampler.execution=cudagraph", "collector.backend=async"))
