@@ -131,9 +131,9 @@ def make_env(
         register_task(type(task))
         task_options = {field.name: getattr(task, field.name) for field in fields(task)}
         task = task.name
+    task = _import_task(task)
     if engine == "auto":
         engine = default_engine(task, device)
-    task = _import_task(task)
     options = dict(engine_options or {})
     if engine == "gymnasium":
         return _make_gymnasium_env(task, num_envs, device, seed, options, task_options)

@@ -68,10 +68,12 @@ def resolve(execution: Execution, device: str) -> Execution:
     """What "auto" means on a type of device; the other choices mean themselves."""
     if execution != "auto":
         return execution
+    # On a GPU, too: Triton builds its launchers with the host's compiler.
+    if not _has_cpp_compiler():
+        return "eager"
     if device == "cuda":
-        # Triton builds its launchers with the host's compiler.
-        return "cudagraph" if has_triton() and _has_cpp_compiler() else "eager"
-    return "compile" if device == "cpu" and _has_cpp_compiler() else "eager"
+        return "cudagraph" if has_triton() else "eager"
+    return "compile" if device == "cpu" else "eager"
 
 
 def compiled(function: Function) -> Function:

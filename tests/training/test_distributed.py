@@ -56,7 +56,8 @@ def test_two_learners_learn_as_one_and_resume_exactly(tiny_config: Callable[...,
     assert [row["frames"] for row in whole] == [52, 100, 152, 200, 240]
     assert whole == stopped
     assert whole == rows(tmp_path / "whole" / "rank-1"), "metrics are those of all ranks"
-    assert 500.0 not in [row["w"] for row in whole[2:4]]
+    # From the third row on: three-step returns come later, and so do the updates that tune w.
+    assert all(row["w"] < 500.0 for row in whole[2:4])
     for path in (tmp_path / "whole", tmp_path / "whole" / "rank-1"):
         assert json.loads((path / "profile.json").read_text())["parts"]["exchange between learners"] > 0.0
     assert said.count("profile of ") == 1
