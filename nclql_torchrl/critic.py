@@ -21,6 +21,9 @@ LEVEL_HIDDEN_DIM = 32
 LAYER_NORM_EPSILON = 1e-5
 OBSERVATION_LIMIT = 10.0
 
+FEW_ROWS = 5
+"""Up to so many states a compiled chain on a CPU multiplies matrices in loops of its own: at 8, libraries are faster."""
+
 
 class NoiseConditionedQNetwork(nn.Module):
     """Q(s, a, l): the value of an action under noise level ``l`` (arXiv 2602.07873; sizes of its authors' program).
@@ -453,4 +456,12 @@ class EnsembleLevelValue(LevelValue):
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """Matrix product of every critic, its operands in the weight's type, its result in that of ``x``."""
-    return torch.matmul(x.to(weight.dtype), weight).to(x.dtype)
+    operand = x.to(weight.dtype)
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.shape[-2] <= FEW_ROWS:
+        # As a loop, which the compiler fuses with what surrounds it: calling a library takes longer than the product.
+        # as_strided makes a buffer of the operand. Without it the compiler also does so with one row, but moves what
+        # computes the row into the loop, over all of the weight's columns: mish and its slope hundreds of times.
+        operand = operand.contiguous()
+        operand = operand.as_strided(operand.shape, operand.stride())
+        return (operand.unsqueeze(-1) * weight.unsqueeze(-3)).sum(-2).to(x.dtype)
+    return torch.matmul(operand, weight).to(x.dtype)

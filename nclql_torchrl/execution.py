@@ -76,8 +76,8 @@ def resolve(execution: Execution, device: str) -> Execution:
     return "compile" if device == "cpu" else "eager"
 
 
-def compiled(function: Function) -> Function:
-    """The function as one compiled program per batch shape.
+def compiled(function: Function, device: str) -> Function:
+    """The function of tensors on a type of device as one compiled program per batch shape.
 
     torch.compile counts and limits recompilations per code object: every program gets one of its own.
     """
@@ -86,17 +86,19 @@ def compiled(function: Function) -> Function:
         return function(*args)
 
     program.__code__ = program.__code__.replace()
-    return _compile(program)  # pyright: ignore[reportReturnType]
+    return _compile(program, device)  # pyright: ignore[reportReturnType]
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """torch.compile, which also gets over what a killed process has left in torch's cache on disk.
 
     A process that dies while a library is being linked leaves an empty file, which torch 2.13 takes for the library in
     every later process. It is deleted and built again; a library that is empty then too is an error.
     """
     # dynamic=False: a shape that changes at run time (a smaller last batch) compiles its own fast version.
-    program = torch.compile(function, fullgraph=True, dynamic=False)
+    # On a CPU what calls the kernels is C++, too: in Python it takes as long as the chain of a single state.
+    options = {"cpp_wrapper": True} if device == "cpu" else None
+    program = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -174,7 +176,7 @@ class Executor:
         self.chain = chain
         self.execution: Execution = execution
         self._resolved: dict[str, Execution] = {}
-        self._compiled: Chain | None = None
+        self._compiled: dict[str, Chain] = {}
         self._graphs: dict[tuple[object, ...], Chain] = {}
 
     def __reduce__(self) -> tuple[type[Executor], tuple[Chain, Execution]]:
@@ -200,17 +202,18 @@ class Executor:
         return self._resolved[device]
 
     def _compile(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-        if self._compiled is None:
-            self._compiled = compiled(self.chain)
+        device = value.device.type
+        if device not in self._compiled:
+            self._compiled[device] = compiled(self.chain, device)
         # One layout, also of dimensions of size 1: a caller's own noise and drawn noise are one compiled program.
         start, noise = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (start, noise))
         # Unrolled, twenty steps take a minute to compile, and a loop of ten rounds a few seconds. Not on a GPU, where
         # every round would wait for the host; and not within a program that somebody else compiles: there a loop makes
         # torch 2.13 leave behind, for the whole process, the exploration type that the program has set.
-        rolled = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        rolled = device == "cpu" and not torch.compiler.is_compiling()
         # The chain keeps no graph in any mode; saying so spares a second compilation outside of no_grad.
         with torch.no_grad():
-            return self._compiled(sampler, value, start, noise, rolled)
+            return self._compiled[device](sampler, value, start, noise, rolled)
 
     def _replay(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         """Replays the CUDA graph of this batch shape and these parameter tensors.
@@ -262,7 +265,7 @@ class Program:
         # Shapes, and where the other tensors are: moved ones belong to another graph.
         key = (*[tensor.shape for tensor in inputs], *[tensor.data_ptr() for tensor in self._tensors])
         if key not in self._traced:
-            traced = _compile(_trace(self._function, inputs))
+            traced = _compile(_trace(self._function, inputs), inputs[0].device.type)
             self._traced[key] = capture(traced, inputs) if self._execution == "cudagraph" else traced
         return self._traced[key](*inputs)
 

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor.cpp_builder import CppBuilder
 from torch._inductor.exc import InductorError
-from torch._inductor.utils import fresh_cache
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torchrl.collectors import Collector
 from torchrl.data import Bounded
 from torchrl.envs import GymEnv, SerialEnv
@@ -117,7 +117,7 @@ def test_compiled_is_eager_follows_parameters_and_compiles_once(pair: tuple[Lang
 def test_a_loop_over_the_levels_is_eager_with_every_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loops: list[bool] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: object) -> Callable[..., Any]:
         loops.append(any("while_loop" in str(node.target) for node in graph.graph.nodes))
         return lookup_backend("aot_eager")(graph, inputs)
 
@@ -213,6 +213,21 @@ def test_bfloat16_products_stay_close(kind: str) -> None:
     # sqrt(12) 2^-9 = 0.7% of a typical gradient. Ten of those bound the worst of 200; float32 itself would show 1e-7.
     assert 1e-4 < error.mean() < 0.02 and error.max() < 0.07
     assert low(batch)["action"].dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("states", [1, 3])
+def test_few_states_are_multiplied_in_loops_over_buffers(states: int) -> None:
+    actor = make("standard")
+    value = actor.action_value(observations(states)).at_level(1)
+    action = torch.rand(1, states, 2) * 2 - 1
+    gradient = torch.compile(value.gradient, fullgraph=True, dynamic=False)
+    found, (code,) = run_and_get_code(gradient, action)
+    torch.testing.assert_close(found, value.gradient(action), atol=1e-6, rtol=1e-5)
+    assert "bmm(" not in code, "no library is called"
+    # Mish and its slope divide. What divides inside of a sum is computed anew for every column of the weight.
+    sums = [loop for loop in code.split("tmp_acc0 = 0;")[1:] if "tmp_acc0_vec + " in loop]
+    assert sums and not any("/" in loop.split("tmp_acc0_vec + ")[0].replace("//", "") for loop in sums)
 
 
 @pytest.mark.parametrize("kind", ["standard", "any"])
