@@ -226,7 +226,7 @@ def evaluate(config: LearningConfig, algorithm: Algorithm) -> dict[str, float]:
     env = make_env(task.name, task.eval_episodes, engine="gymnasium", seed=config.seed + SEED_OFFSET)
     # It reads the action and "q_after", whoever writes them.
     actor = cast(LangevinActor, algorithm.evaluator)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         evaluation = evaluate_in(actor, env, gamma=task.gamma, reward_scale=algorithm.reward_scale)
     env.close()
     return {
@@ -244,7 +244,7 @@ def time_action(algorithm: Algorithm, problem: Problem, num_states: int) -> floa
     """Milliseconds of a call of the exploring actor: the fastest of :data:`TIMED_CALLS`."""
     observation = TensorDict({"observation": torch.randn(num_states, problem.observation_dim)}, [num_states])
     milliseconds = []
-    with torch.random.fork_rng(), set_exploration_type(ExplorationType.RANDOM):
+    with torch.random.fork_rng(devices=[]), set_exploration_type(ExplorationType.RANDOM):
         for _ in range(TIMED_CALLS):
             inputs = observation.copy()
             start = time.perf_counter()

@@ -22,7 +22,7 @@ LAYER_NORM_EPSILON = 1e-5
 OBSERVATION_LIMIT = 10.0
 
 FEW_ROWS = 5
-"""Up to so many states a compiled chain on a CPU multiplies matrices in loops of its own: at 8, libraries are faster."""
+"""Up to so many states a compiled chain on a CPU multiplies in loops of its own; at 8 a library is faster."""
 
 
 class NoiseConditionedQNetwork(nn.Module):

@@ -48,8 +48,8 @@ def unavailable(execution: str, device: torch.device) -> str | None:
     """Why an execution mode cannot be used here; None if it can."""
     if execution == "cudagraph" and device.type != "cuda":
         return f"CUDA graphs need a CUDA device; this one is {device}."
-    if execution == "compile" and device.type == "cuda" and not has_triton():
-        return "torch.compile needs Triton on a GPU; it is not installed, or does not know this GPU."
+    if execution in ("compile", "cudagraph") and device.type == "cuda" and not has_triton():
+        return f"{execution} needs Triton on a GPU; it is not installed, or does not know this GPU."
     if execution == "compile" and device.type == "cpu":
         try:
             get_cpp_compiler()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 
-from nclql_torchrl.profiling import ProfileConfig, profile
+from nclql_torchrl.profiling import ProfileConfig, availability, profile
 from nclql_torchrl.profiling.availability import split, unavailable
 from nclql_torchrl.profiling.config import settings
 from nclql_torchrl.training import ConfigError
@@ -58,6 +58,15 @@ def test_what_cannot_run_is_named_with_the_reason() -> None:
     assert "needs a C++ compiler" in reasons["compile on cpu"]
     assert "need a CUDA device" in reasons["cudagraph on cpu"]
     assert "CUDA devices" in reasons["cuda:99"]
+
+
+def test_without_triton_a_gpu_has_eager_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    unavailable.cache_clear()
+    monkeypatch.setattr(availability, "has_triton", lambda: False)
+    reasons = {mode: unavailable(mode, torch.device("cuda")) for mode in ("eager", "compile", "cudagraph")}
+    unavailable.cache_clear()
+    assert reasons.pop("eager") is None
+    assert all(reason is not None and reason.startswith(f"{mode} needs Triton") for mode, reason in reasons.items())
 
 
 def test_a_device_that_goes_by_two_names_is_measured_once() -> None:
