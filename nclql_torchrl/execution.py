@@ -97,7 +97,7 @@ def _compile(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """
     # dynamic=False: a shape that changes at run time (a smaller last batch) compiles its own fast version.
     # On a CPU what calls the kernels is C++, too: in Python it takes as long as the chain of a single state.
-    options = {"cpp_wrapper": True} if device == "cpu" else None
+    options: dict[str, Any] | None = {"cpp_wrapper": True} if device == "cpu" else None
     program = torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     def call(*args: Any) -> Any:

@@ -162,7 +162,7 @@ def test_a_library_that_a_killed_process_left_empty_is_built_again(monkeypatch: 
     monkeypatch.setattr(execution.torchrl_logger, "warning", said.append)
     x = torch.randn(5)
     with fresh_cache(), inductor.patch(compile_threads=1):
-        torch.testing.assert_close(execution.compiled(lambda x: x.sin() + 1.25)(x), x.sin() + 1.25)
+        torch.testing.assert_close(execution.compiled(lambda x: x.sin() + 1.25, "cpu")(x), x.sin() + 1.25)
         assert emptied[0].stat().st_size > 0
     assert said == [f"{emptied[0]} was left unfinished by a killed process: deleted and built again."]
 
@@ -177,7 +177,7 @@ def test_only_an_unfinished_library_is_deleted_and_only_once(tmp_path: Path, mon
             raise InductorError(ImportError(f"{library}: {text}", path=str(library)), None)
 
         monkeypatch.setattr(execution.torch, "compile", lambda *args, **options: program)
-        return execution.compiled(lambda: None)
+        return execution.compiled(lambda: None, "cpu")
 
     with pytest.raises(InductorError, match="undefined symbol"):
         failing("undefined symbol: f")()
