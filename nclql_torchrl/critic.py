@@ -433,6 +433,8 @@ class EnsembleLevelValue(LevelValue):
         """What follows the linear layer of that index, and its part of the pass down."""
         normalised, through_norm = self._normalise(hidden, index)
         activated, slope = mish_with_slope(normalised)
+        # Else the pass down would take it from the exponential again, and read two tensors where it can read one.
+        slope = _computed_here(slope)
         if through_norm is None:
             return activated, lambda delta: delta * slope
         return activated, lambda delta: through_norm(delta * slope)
@@ -459,9 +461,13 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     operand = x.to(weight.dtype)
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.shape[-2] <= FEW_ROWS:
         # As a loop, which the compiler fuses with what surrounds it: calling a library takes longer than the product.
-        # as_strided makes a buffer of the operand. Without it the compiler also does so with one row, but moves what
-        # computes the row into the loop, over all of the weight's columns: mish and its slope hundreds of times.
-        operand = operand.contiguous()
-        operand = operand.as_strided(operand.shape, operand.stride())
+        # With one row the compiler does so by itself, but moves what computes the row into the loop over the weight's
+        # columns: mish and its slope hundreds of times.
+        operand = _computed_here(operand.contiguous())
         return (operand.unsqueeze(-1) * weight.unsqueeze(-3)).sum(-2).to(x.dtype)
     return torch.matmul(operand, weight).to(x.dtype)
+
+
+def _computed_here(x: Tensor) -> Tensor:
+    """The tensor. A compiler for CPUs makes a buffer of it instead of computing it wherever it is used."""
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() and x.device.type == "cpu" else x
