@@ -225,15 +225,17 @@ def test_the_results_page_says_what_was_measured() -> None:
     results = Path(__file__).parents[2] / "benchmarks" / "results"
     section = (results / "README.md").read_text().split("(`profile/`)")[1].split("\n## ")[0]
     found = {}
-    for name in ("trained", "untrained"):
+    for name in ("trained", "untrained", "best"):
         whole = report.read(results / "profile" / name)
         assert whole is not None
         with (results / "profile" / name / "profile.csv").open(newline="") as file:
             assert len(list(csv.DictReader(file))) == len(whole["rows"])
         found[name] = {(row["execution"], row["levels"], row["steps_per_level"]): row for row in whole["rows"]}
 
-    def cells(label: str) -> list[str]:
-        (line,) = (line for line in section.splitlines() if line.startswith(f"| {label} |"))
+    authors, best = section.split("The preset `cpu`")
+
+    def cells(label: str, part: str = authors) -> list[str]:
+        (line,) = (line for line in part.splitlines() if line.startswith(f"| {label} |"))
         return line.removesuffix(" |").split(" | ")[1:]
 
     for column, chain in enumerate(cells("Levels x steps")):
@@ -245,3 +247,10 @@ def test_the_results_page_says_what_was_measured() -> None:
         assert cells("Q lost, %")[column] == f"{100 * (1 - compiled['q_recovered']):.2f}"
         assert cells("Return")[column] == f"{compiled['return_mean']:,.0f}"
         assert cells("Untrained: Q lost, %")[column] == f"{100 * (1 - untrained['q_recovered']):.2f}"
+    for column, chain in enumerate(cells("Levels x steps", best)):
+        levels, steps = map(int, chain.strip("*").split(" x "))
+        eager, compiled = (found["best"][mode, levels, steps] for mode in ("eager", "compile"))
+        assert cells("Eager, ms", best)[column] == f"{eager['ms_median']:.1f}"
+        assert cells("Compiled, ms", best)[column] == f"{compiled['ms_median']:.1f}"
+        assert cells("Q lost, %", best)[column] == f"{100 * (1 - compiled['q_recovered']):.1f}"
+        assert cells("Return", best)[column].split(" ± ")[0] == f"{compiled['return_mean']:,.0f}"

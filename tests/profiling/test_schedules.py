@@ -92,7 +92,7 @@ def test_the_critics_own_schedule_gives_the_critics_own_actions() -> None:
 def test_what_is_compiled_is_the_loop_that_users_get(monkeypatch: pytest.MonkeyPatch) -> None:
     loops: list[bool] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor], **options: object) -> Any:
         loops.append(any("while_loop" in str(node.target) for node in graph.graph.nodes))
         return lookup_backend("aot_eager")(graph, inputs)
 
