@@ -18,7 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +150,13 @@ def torchrl_mjx(task: str, num_envs: int) -> Steps:
 
 
 def systems(task: str, num_envs: int, device: str, engines: Sequence[str]) -> dict[str, Callable[[], Steps]]:
-    """What is compared, by name; each is made when called."""
+    """What is compared, by name; each is made when called.
 
+    An engine alone, its environment and its collector take turns with the same simulations: three sets of 16,384 would
+    not fit into 24 GiB.
+    """
+
+    @cache
     def ours(engine: str, **options: Any) -> BatchedEnv:
         env = make_env(task, num_envs, engine=engine, device=device, engine_options=options)
         assert isinstance(env, BatchedEnv)

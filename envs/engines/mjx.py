@@ -1,13 +1,14 @@
 """MuJoCo in JAX: one compiled call per control step for the whole batch, meant for GPUs.
 
-On a CPU this engine is correct but slower than the engine ``mujoco``.
+On a CPU this engine is correct but slower than the engine ``mujoco``; there every core steps a part of the batch.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ import torch
 
 from envs.batched import Step
 from envs.bridge import to_jax, to_jax_device, to_torch
-from envs.engines.mjx_corrections import check_version
+from envs.engines.mjx_corrections import check_version, corrected_release
 from envs.engines.mjx_dynamics import Dynamics, Settings, State, load_model
 from envs.engines.mjx_warp import Room, choose_room
 from envs.models import action_bounds
 from envs.task import Model, Task
 
 SOLVERS = ("gymnasium", "fast")
+
+ENVIRONMENTS_PER_THREAD = 8
+"""Fewer are not worth a thread."""
 
 FAST_ITERATIONS: dict[str, tuple[int, int]] = {
     "Ant-v5": (8, 16),  # with (4, 8), one observation in twenty is off by more than 0.01
@@ -65,7 +69,8 @@ class MJXEngine:
     """A batch of simulations of one task in JAX.
 
     A step is one compiled call: physics, observation, reward, termination, time limit and the next episodes of those
-    that ended. The state stays on the device and is donated from step to step. In float32 (see ``envs/engines/
+    that ended. The state stays on the device and is donated from step to step. On a CPU, where XLA computes most of a
+    step in one thread, the batch is stepped in equal parts, one for each thread. In float32 (see ``envs/engines/
     mjx_parity.py`` for how far a step is from Gymnasium's) the agent is moved back to the origin of its track before
     every step where nobody can tell (``envs/engines/mjx_track.py``); :meth:`positions` has it where it is.
 
@@ -83,6 +88,8 @@ class MJXEngine:
             iterations were not measured.
         dtype: torch.float32, or torch.float64 for comparisons with MuJoCo; the engine's observations and rewards are of
             it too, those of :class:`~envs.batched.BatchedEnv` are float32 in any case.
+        num_threads: on a CPU, parts of the batch that are stepped at a time: as many as divide it equally, at most this
+            number, which by default is that of the available cores.
         max_contacts: contacts that "warp" has room for, per environment on average; by default the task's.
         max_constraints: rows of constraints that "warp" has room for in each environment; by default the task's.
         allow_untested_version: whether other releases of mujoco and mujoco-mjx are used than those whose physics was
@@ -92,8 +99,9 @@ class MJXEngine:
         RuntimeError: if JAX does not see the device, mujoco or mujoco-mjx is of an untested release, or there is no
             Warp.
         NotImplementedError: if MJX cannot simulate the task's model.
-        ValueError: for an unknown ``impl``, ``solver`` or ``dtype``, or buffer sizes without "warp" or below 1, or a
-            model with actuators that have no control range.
+        ValueError: for an unknown ``impl``, ``solver`` or ``dtype``, or buffer sizes without "warp" or below 1, or
+            ``num_threads`` below 1 or where a batch is stepped as one, or a model with actuators that have no control
+            range.
 
     Examples:
         >>> from envs.tasks.reacher import Reacher
@@ -111,6 +119,7 @@ class MJXEngine:
         impl: str = "jax",
         solver: str | tuple[int, int] = "gymnasium",
         dtype: torch.dtype = torch.float32,
+        num_threads: int | None = None,
         max_contacts: int | None = None,
         max_constraints: int | None = None,
         allow_untested_version: bool = False,
@@ -123,6 +132,7 @@ class MJXEngine:
         self.num_envs = num_envs
         self.device = torch.device(device)
         self._jax_device = to_jax_device(self.device)
+        self._num_parts = choose_num_parts(num_envs, self.device, impl, num_threads)
         self._room = choose_room(task, impl, max_contacts, max_constraints)
         if self._room is not None and dtype != torch.float32:
             raise ValueError(f"dtype is {dtype}; expected torch.float32 with impl='warp', which has no other.")
@@ -139,8 +149,12 @@ class MJXEngine:
         )
         self.model: Model = self._dynamics.model
         self.action_low, self.action_high = map(torch.from_numpy, action_bounds(self.model))
-        self._state = self._put(self._dynamics.initial_state(num_envs))
-        self.observation_dim = self._state["observation"].shape[-1]
+        initial_state = self._dynamics.initial_state(num_envs // self._num_parts)
+        # Of every part; one for the whole batch but on a CPU.
+        self._states = [self._put(initial_state) for _ in range(self._num_parts)]
+        self._pool = ThreadPoolExecutor(self._num_parts, thread_name_prefix="mjx") if self._num_parts > 1 else None
+        self._compiled: set[Callable[..., Any]] = set()
+        self.observation_dim = initial_state["observation"].shape[-1]
         self._overflow: Any = None
         self.seed(0)
 
@@ -152,8 +166,7 @@ class MJXEngine:
         """Random keys [num_envs, 2] that follow from ``seed``, one per simulation."""
         with jax.default_device(self._jax_device), jax.enable_x64(False):
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(self.num_envs))
-        # Keys are uint32, which few things in torch can handle: int32 has the same bits.
-        return torch.from_numpy(np.array(jax.random.key_data(keys)).view(np.int32))
+        return torch.from_numpy(_signed(np.array(jax.random.key_data(keys))))
 
     def step(self, action: torch.Tensor) -> Step:
         """One control step; environments that end begin their next episode in the same call.
@@ -167,13 +180,27 @@ class MJXEngine:
         # An earlier step's, if the device is done with it: a step waits for none.
         if self._overflow is not None and self._overflow.is_ready():
             self._check_overflow(self._overflow)
-        # Kept until torch's stream waits for the step: torch might give its memory to somebody else before.
-        array = to_jax(action)
-        self._state, transition, overflow = self._dynamics.step(self._state, array)
-        if self._room is not None:
-            overflow.copy_to_host_async()
-            self._overflow = overflow
-        return Step(*map(to_torch, transition))
+        return Step(*self._call(self._dynamics.step, action))
+
+    def _call(self, function: Callable[..., Any], *arguments: torch.Tensor) -> list[torch.Tensor]:
+        """What a compiled function of the state and of tensors [num_envs, ...] gives: tensors [num_envs, ...]."""
+
+        def part(index: int) -> list[torch.Tensor]:
+            # Kept until torch's stream waits for the results: torch might give its memory to somebody else before.
+            arrays = [to_jax(argument.chunk(self._num_parts)[index]) for argument in arguments]
+            self._states[index], results, overflow = function(self._states[index], *arrays)
+            if self._room is not None:
+                overflow.copy_to_host_async()
+                self._overflow = overflow
+            return list(map(to_torch, results))
+
+        if self._pool is None:
+            return part(0)
+        # The first part compiles for the others.
+        first = [] if function in self._compiled else [part(0)]
+        self._compiled.add(function)
+        parts = first + list(self._pool.map(part, range(len(first), self._num_parts)))
+        return list(map(torch.cat, zip(*parts, strict=True)))
 
     def _check_overflow(self, overflow: jax.Array) -> None:
         """Raises if contacts were lost, for which it waits. What overflowed once stays so."""
@@ -192,10 +219,9 @@ class MJXEngine:
         Raises:
             RuntimeError: if one of Warp's buffers was too small until now.
         """
-        array = to_jax(mask)
-        self._state, observation = self._dynamics.reset(self._state, array)
-        self._check_overflow(self._state["overflow"])
-        return to_torch(observation)
+        (observation,) = self._call(self._dynamics.reset, mask)
+        self._check_overflow(self._states[0]["overflow"])
+        return observation
 
     def set_state(self, qpos: torch.Tensor, qvel: torch.Tensor) -> torch.Tensor:
         """Begins episodes at positions [num_envs, nq] and velocities [num_envs, nv]; returns every observation.
@@ -204,15 +230,17 @@ class MJXEngine:
             ValueError: for another shape.
             RuntimeError: if one of Warp's buffers was too small until now.
         """
-        arrays = {name: self._array(name, value) for name, value in (("qpos", qpos), ("qvel", qvel))}
-        self._state, observation = self._dynamics.set_state(self._state, *self._put(arrays).values())
-        self._check_overflow(self._state["overflow"])
-        return to_torch(observation)
+        arrays = (self._array(name, value) for name, value in (("qpos", qpos), ("qvel", qvel)))
+        (observation,) = self._call(
+            self._dynamics.set_state, *(torch.from_numpy(array).to(self.device) for array in arrays)
+        )
+        self._check_overflow(self._states[0]["overflow"])
+        return observation
 
     def positions(self) -> torch.Tensor:
         """Generalized positions [num_envs, nq], on the CPU."""
-        qpos = np.array(self._state["qpos"])
-        qpos[:, list(self.task.track)] += np.asarray(self._state["origin"])
+        qpos = self._whole("qpos")
+        qpos[:, list(self.task.track)] += self._whole("origin")
         return torch.from_numpy(qpos)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -221,11 +249,9 @@ class MJXEngine:
         Raises:
             RuntimeError: if one of Warp's buffers was too small until now.
         """
-        self._check_overflow(self._state["overflow"])
-        return {
-            name: torch.from_numpy(np.array(value).view(np.int32) if name == "key" else np.array(value))
-            for name, value in self._state.items()
-        }
+        self._check_overflow(self._states[0]["overflow"])
+        arrays = {name: self._whole(name) for name in self._states[0]}
+        return {name: torch.from_numpy(_signed(array)) for name, array in arrays.items()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Goes on from :meth:`state_dict` exactly.
@@ -233,23 +259,31 @@ class MJXEngine:
         Raises:
             ValueError: for a state of another task or another number of simulations.
         """
-        if set(state) != set(self._state):
-            raise ValueError(f"The state has {', '.join(sorted(state))}; expected {', '.join(sorted(self._state))}.")
+        expected = set(self._states[0])
+        if set(state) != expected:
+            raise ValueError(f"The state has {', '.join(sorted(state))}; expected {', '.join(sorted(expected))}.")
         self._write(state)
         self._overflow = None
 
+    def _whole(self, name: str) -> np.ndarray:
+        """A copy of an entry of the state, of all environments, on the host."""
+        return np.concatenate([np.asarray(state[name]) for state in self._states])
+
     def _write(self, state: Mapping[str, torch.Tensor]) -> None:
-        self._state = self._state | self._put({name: self._array(name, value) for name, value in state.items()})
+        arrays = {name: np.split(self._array(name, value), self._num_parts) for name, value in state.items()}
+        for index in range(self._num_parts):
+            self._states[index] |= self._put({name: parts[index] for name, parts in arrays.items()})
 
     def _array(self, name: str, value: torch.Tensor) -> np.ndarray:
-        """An entry of the state, on the host.
+        """An entry of the state, of all environments, on the host.
 
         Raises:
             ValueError: for another shape.
         """
-        current, array = self._state[name], value.numpy(force=True)
-        if array.shape != current.shape:
-            raise ValueError(f"{name!r} has shape {list(array.shape)}; expected {list(current.shape)}.")
+        current, array = self._states[0][name], value.numpy(force=True)
+        expected = (self.num_envs, *current.shape[1:])
+        if array.shape != expected:
+            raise ValueError(f"{name!r} has shape {list(array.shape)}; expected {list(expected)}.")
         return array.view(np.uint32) if name == "key" else array.astype(current.dtype)
 
     def _put(self, arrays: Mapping[str, np.ndarray]) -> State:
@@ -259,6 +293,30 @@ class MJXEngine:
                 name: jax.device_put(np.array(array), self._jax_device, may_alias=False)
                 for name, array in arrays.items()
             }
+
+
+def _signed(array: np.ndarray) -> np.ndarray:
+    """Random keys, which are uint32, as int32 with the same bits: few things in torch can handle uint32."""
+    return array.view(np.int32) if array.dtype == np.uint32 else array
+
+
+def choose_num_parts(num_envs: int, device: torch.device, impl: str, num_threads: int | None) -> int:
+    """Parts of equal size in which a batch is stepped.
+
+    Raises:
+        ValueError: for ``num_threads`` below 1, or on a device or with an implementation that steps the batch as one.
+    """
+    # Other releases are not corrected, and their LAPACK would wait for itself.
+    parallel = device.type == "cpu" and impl == "jax" and corrected_release()
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}; expected at least 1, or None for one per core.")
+    if num_threads is not None and not parallel:
+        raise ValueError(
+            f"num_threads is {num_threads} with impl={impl!r} on {device}; expected None: only impl='jax' on a CPU, "
+            "with the tested release of MJX, steps a batch in several threads."
+        )
+    most = min(num_threads or len(os.sched_getaffinity(0)), num_envs // ENVIRONMENTS_PER_THREAD) if parallel else 1
+    return next((count for count in range(most, 1, -1) if num_envs % count == 0), 1)
 
 
 def choose_iterations(task: Task, solver: str | tuple[int, int]) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Where MJX is not MuJoCo: which release was compared with Gymnasium, and what is corrected in it.
 
-One correction makes MJX compute what MuJoCo does: :func:`plane_capsule`. The others compute the same numbers in less
-time: :func:`while_loop`, :func:`with_barriers`, :func:`step`. MJX's functions are replaced only while this package's
+One correction makes MJX compute what MuJoCo does: :func:`plane_capsule`. Others compute the same numbers in less time:
+:func:`while_loop`, :func:`with_barriers`, :func:`step`. On a CPU, :func:`cho_factor` and :func:`cho_solve` let several
+threads do so at a time. MJX's functions are replaced only while this package's
 own functions are traced, so other users of MJX in the same process get it as it was released.
 """
 
@@ -56,8 +57,12 @@ def corrected_release() -> bool:
 
 
 @contextlib.contextmanager
-def corrections() -> Iterator[None]:
-    """While it lasts, MJX is traced with the corrections; in the tested release, the only one they were made for."""
+def corrections(platform: str) -> Iterator[None]:
+    """While it lasts, MJX is traced with the corrections; in the tested release, the only one they were made for.
+
+    Args:
+        platform: JAX's name of the kind of device that it is traced for.
+    """
     if not corrected_release():
         yield
         return
@@ -66,6 +71,9 @@ def corrections() -> Iterator[None]:
         (vars(solver), "_while_loop_scan", while_loop),
         (vars(scan), "body_tree", with_barriers(scan.body_tree)),
     ]
+    if platform == "cpu":
+        linalg = vars(jax.scipy.linalg)
+        replacements += [(linalg, "cho_factor", cho_factor), (linalg, "cho_solve", cho_solve)]
     with _TRACING:
         released = [table[name] for table, name, _ in replacements]
         for table, name, corrected in replacements:
@@ -111,6 +119,41 @@ def while_loop(
     """
     del max_iterations  # the condition counts too
     return jax.lax.while_loop(condition, body, start)
+
+
+def cho_factor(a: jax.Array) -> tuple[jax.Array, bool]:
+    """The upper triangular factor of a symmetric positive definite matrix, U' U = ``a``, as JAX's own function has it.
+
+    JAX 0.10 hands a batch of matrices to LAPACK in tasks for its few threads, and what hands them out is one of these
+    and waits. With as many programs at a time as there are threads, all of them waited for ever: two halves of 200
+    Humanoids stopped in their second step. XLA's own loops wait for nobody. A matrix that is not positive definite
+    gives NaN, as there.
+    """
+    size = a.shape[-1]
+
+    def eliminate(index: jax.Array, rest: jax.Array) -> jax.Array:
+        row = jnp.where(jnp.arange(size) >= index, rest[index] / jnp.sqrt(rest[index, index]), 0.0)
+        return (rest - row[:, None] * row).at[index].set(row)
+
+    return jax.lax.fori_loop(0, size, eliminate, a), False
+
+
+def cho_solve(factor: tuple[jax.Array, bool], b: jax.Array) -> jax.Array:
+    """Solves U' U x = ``b`` [size] for :func:`cho_factor`'s U."""
+    upper, _ = factor
+    size = upper.shape[-1]
+
+    def forward_step(index: jax.Array, rest: jax.Array) -> jax.Array:
+        value = rest[index] / upper[index, index]
+        return (rest - upper[index] * value).at[index].set(value)
+
+    def backward_step(count: jax.Array, solution: jax.Array) -> jax.Array:
+        index = size - 1 - count
+        known = jnp.sum(upper[index] * solution)
+        return solution.at[index].set((halfway[index] - known) / upper[index, index])
+
+    halfway = jax.lax.fori_loop(0, size, forward_step, b)
+    return jax.lax.fori_loop(0, size, backward_step, jnp.zeros_like(b))
 
 
 def with_barriers(body_tree: Callable[..., Any]) -> Callable[..., Any]:

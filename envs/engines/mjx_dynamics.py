@@ -113,6 +113,7 @@ class Dynamics:
             if name not in self._public and not hasattr(self._template._impl, name):
                 raise ValueError(f"{task.name} reads {name!r}, which MJX does not have; choose engine='mujoco'.")
         self._recentred = may_be_recentred(task, self.model)
+        # Each gives the new state, what is handed out, and whether one of Warp's buffers was too small.
         self.step = self._compiled(self._step)
         self.reset = self._compiled(self._reset)
         self.set_state = self._compiled(self._set_state)
@@ -141,12 +142,12 @@ class Dynamics:
 
         def traced(state: State, *arguments: jax.Array) -> Any:
             # By default JAX multiplies matrices in TensorFloat-32 on recent GPUs: its three digits are too few here.
-            with corrections(), jax.default_matmul_precision("highest"):
+            with corrections(self.settings.device.platform), jax.default_matmul_precision("highest"):
                 return function(state, *arguments)
 
         # On a CPU the other emitters take twice as long to compile, and the code is no faster.
         on_cpu = self.settings.device.platform == "cpu"
-        options = {"xla_cpu_use_fusion_emitters": False} if on_cpu else None
+        options = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_multi_thread_eigen": False} if on_cpu else None
         compiled = jax.jit(traced, donate_argnums=0, compiler_options=options)
 
         def called(state: State, *arguments: jax.Array) -> Any:
@@ -242,14 +243,14 @@ class Dynamics:
         """Which of Warp's buffers were too small at any time, ``data`` included."""
         return state["overflow"] | (data._impl.overflow & OVERFLOWS)
 
-    def _reset(self, state: State, mask: jax.Array) -> tuple[State, jax.Array]:
+    def _reset(self, state: State, mask: jax.Array) -> tuple[State, tuple[jax.Array], jax.Array]:
         state = jax.vmap(lambda state, chosen: self._select(chosen, self._begin(state), state))(state, mask)
         # Twice, since the state's own copy is donated to the next step.
-        return state, state["observation"]
+        return state, (state["observation"],), state["overflow"].any()
 
-    def _set_state(self, state: State, qpos: jax.Array, qvel: jax.Array) -> tuple[State, jax.Array]:
+    def _set_state(self, state: State, qpos: jax.Array, qvel: jax.Array) -> tuple[State, tuple[jax.Array], jax.Array]:
         state = jax.vmap(self._begin_at)(state, qpos, qvel)
-        return state, state["observation"]
+        return state, (state["observation"],), state["overflow"].any()
 
     def _begin(self, state: State) -> State:
         """The state at the start of the environment's next episode: a function of its key and the episode's number."""

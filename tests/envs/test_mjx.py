@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -23,10 +25,11 @@ from torchrl.envs.utils import check_env_specs
 from envs import make_env
 from envs.batched import BatchedEnv
 from envs.engines import mjx_corrections
-from envs.engines.mjx import MJXEngine
+from envs.engines.mjx import MJXEngine, choose_num_parts
 from envs.engines.mujoco import MujocoEngine
 from envs.task_env import TaskEnv
 from envs.tasks.half_cheetah import HalfCheetah
+from envs.tasks.inverted_pendulum import InvertedPendulum
 from tests.envs.ball import WALL, Ball, FeelingBall, write_model
 
 NUM_ENVS = 4
@@ -278,12 +281,79 @@ class Curious(HalfCheetah):
         (HalfCheetah(), {"dtype": torch.float16}, r"dtype is torch.float16; expected torch.float32 or torch.float64"),
         (HalfCheetah(), {"impl": "cuda"}, r"impl is 'cuda'; expected 'jax' or 'warp'"),
         (HalfCheetah(), {"max_contacts": 9}, r"max_contacts is 9; expected it with impl='warp' only"),
+        (HalfCheetah(), {"num_threads": 0}, r"num_threads is 0; expected at least 1, or None for one per core"),
+        (HalfCheetah(), {"impl": "warp", "num_threads": 2}, r"num_threads is 2 with impl='warp' on cpu; expected None"),
         (Curious(), {}, r"reads 'bvh_active', which MJX does not have; choose engine='mujoco'"),
     ],
 )
 def test_a_wrong_option_is_named_with_a_valid_choice(task: HalfCheetah, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MJXEngine(task, NUM_ENVS, **options)
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "num_threads", "parts"), [(32, 2, 2), (32, 3, 2), (30, 4, 3), (31, 4, 1), (15, 2, 1), (16, 9, 2)]
+)
+def test_a_batch_is_stepped_in_equal_parts(num_envs: int, num_threads: int, parts: int) -> None:
+    assert choose_num_parts(num_envs, torch.device("cpu"), "jax", num_threads) == parts
+    assert choose_num_parts(num_envs, torch.device("cuda"), "jax", None) == 1
+    assert choose_num_parts(num_envs, torch.device("cpu"), "warp", None) == 1
+
+
+def test_threads_change_nothing_but_the_time() -> None:
+    num_envs = 16
+    task = InvertedPendulum(max_episode_steps=12)
+    alone, shared = (MJXEngine(task, num_envs, num_threads=count) for count in (1, 2))
+    assert [len(engine._states) for engine in (alone, shared)] == [1, 2]
+    actions = torch.rand(30, num_envs, 1, generator=torch.Generator().manual_seed(0)) * 6 - 3
+    ended = 0
+    for engine in (alone, shared):
+        engine.seed(5)
+    mask = torch.arange(num_envs) != 9
+    assert torch.equal(alone.reset(mask), shared.reset(mask))
+    for index, action in enumerate(actions):
+        expected, step = alone.step(action), shared.step(action)
+        for field, value in expected._asdict().items():
+            assert torch.equal(getattr(step, field), value), field
+        ended += int((step.terminated | step.truncated).sum())
+        if index == 15:
+            # They change places: a state fits any number of threads.
+            states = alone.state_dict(), shared.state_dict()
+            for name, value in states[0].items():
+                assert torch.equal(states[1][name], value), name
+            alone.load_state_dict(states[1])
+            shared.load_state_dict(states[0])
+    assert ended > num_envs
+    assert torch.equal(alone.positions(), shared.positions())
+    qpos, qvel = torch.rand(num_envs, 2) * 0.1, torch.zeros(num_envs, 2)
+    assert torch.equal(alone.set_state(qpos, qvel), shared.set_state(qpos, qvel))
+    assert torch.equal(shared.positions(), qpos)
+
+
+def test_no_part_of_a_batch_waits_for_the_threads_of_another() -> None:
+    # Of JAX's own functions for these a thread waits in them until others are free: see cho_factor.
+    engine = MJXEngine(InvertedPendulum(), 2)
+    waiting = {}
+    for platform in ("cpu", "cuda"):
+        with mjx_corrections.corrections(platform):
+            # A function of its own, since JAX remembers what it has traced.
+            traced = jax.make_jaxpr(lambda *given: engine._dynamics._step(*given))
+            program = str(traced(engine._states[0], jnp.zeros((2, 1))))
+        waiting[platform] = [name for name in ("cholesky", "triangular_solve") if name in program]
+    assert waiting == {"cpu": [], "cuda": ["cholesky", "triangular_solve"]}
+
+
+@pytest.mark.parametrize("size", [1, 6, 23])
+def test_linear_systems_are_solved_as_jax_does(size: int) -> None:
+    generator = np.random.default_rng(size)
+    root = generator.standard_normal((5, size, size))
+    matrix = (root @ root.transpose(0, 2, 1) + np.eye(size)).astype(np.float32)
+    right = generator.standard_normal((5, size)).astype(np.float32)
+    factor = jax.vmap(lambda a: mjx_corrections.cho_factor(a)[0])(matrix)
+    np.testing.assert_allclose(factor, np.linalg.cholesky(matrix).transpose(0, 2, 1), rtol=1e-4, atol=1e-5)
+    solution = jax.vmap(lambda upper, b: mjx_corrections.cho_solve((upper, False), b))(factor, right)
+    np.testing.assert_allclose(np.einsum("bij,bj->bi", matrix, solution), right, rtol=1e-4, atol=1e-4)
+    assert np.isnan(mjx_corrections.cho_factor(-jnp.eye(size))[0]).any()
 
 
 def test_a_model_that_was_edited_is_read_anew(tmp_path: Path) -> None:

@@ -52,9 +52,7 @@ def test_a_step_is_gymnasiums(task: HalfCheetah | Ant) -> None:
 def test_no_state_that_lost_contacts_is_handed_out() -> None:
     engine: Any = MJXEngine(InvertedPendulum(), 4)
     engine._room = mjx_warp.Room(4, 16)  # as if it were Warp's
-    engine._state = engine._state | {
-        "overflow": engine._state["overflow"] | np.array([0, 0, mjx_warp.NEFC, 0], np.int32)
-    }
+    engine._states[0] |= {"overflow": engine._states[0]["overflow"] | np.array([0, 0, mjx_warp.NEFC, 0], np.int32)}
     for act in (
         engine.state_dict,
         lambda: engine.set_state(torch.zeros(4, 2), torch.zeros(4, 2)),
