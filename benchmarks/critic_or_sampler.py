@@ -31,10 +31,10 @@ GRID_SIDES = {1: 401, 2: 41}
 CHAINS: dict[str, dict[str, Any]] = {
     "its own chain": {},
     "8 particles": {"deterministic_num_particles": 8},
-    "1 step per level, sigma_max 0.02": {"steps_per_level": 1, "sigma_max": 0.02},
+    "1 step per level, sigma_max 0.004": {"steps_per_level": 1, "sigma_max": 0.004},
     "5 steps per level": {"steps_per_level": 5},
-    "sigma_max 0.03": {"sigma_max": 0.03},
-    "sigma_max 0.3": {"sigma_max": 0.3},
+    "3 steps per level, sigma_max 0.03": {"steps_per_level": 3, "sigma_max": 0.03},
+    "9 steps per level, sigma_max 0.3": {"steps_per_level": 9, "sigma_max": 0.3},
     "gradient of the lowest critic": {"ensemble_reduction": "min"},
     "w 50": {"w": 50.0},
     "w 5000": {"w": 5000.0},
@@ -42,6 +42,8 @@ CHAINS: dict[str, dict[str, Any]] = {
     "gradient as it is, w 50": {"normalize_gradient": False, "w": 50.0},
     "gradient as it is, w 500": {"normalize_gradient": False, "w": 500.0},
 }
+"""What is changed of its own chain. The number of levels is not, since the critic knows a level by its number; every
+chain can mix with five levels from 0.01 and with ten from 0.1."""
 
 
 class GridActor(TensorDictModuleBase):
@@ -119,7 +121,7 @@ def _hydra_main(composed: DictConfig) -> None:
     result = compare(config)
     append_record(RESULTS / "critic_or_sampler.jsonl", result)
     for name, evaluation in result["evaluations"].items():
-        print(f"{name:32s} {evaluation['return_mean']:8.1f}  Q {evaluation['estimated_q']:.2f}", flush=True)
+        print(f"{name:34s} {evaluation['return_mean']:8.1f}  Q {evaluation['estimated_q']:.2f}", flush=True)
 
 
 if __name__ == "__main__":
