@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The lines of this directory's JSON files: benchmarks/results/learning/grid.sh all|options|combinations|ablations|tau|seconds [TASK]
+# The lines of this directory's JSON files: benchmarks/results/learning/grid.sh all|options|combinations|ablations|tau|qsm|seconds [TASK]
 # or double-ablations.
 # Finished runs are skipped, so a grid that was stopped is continued by the same command.
 cd "$(dirname "$0")/../../.." || exit
@@ -54,6 +54,15 @@ case $1 in
         output="benchmarks/results/learning/$TASK-tau.jsonl"
     done
     ;;
+  qsm) # is it the factor on the gradient? Q-score matching with less of it, and with the targets and rate of nclql_best
+    scaled_qsm() {
+      learn algorithm=qsm task="$TASK" seed=0,1,2 "algorithm.name='$1'" "${@:2}" \
+        output="benchmarks/results/learning/$TASK-qsm.jsonl"
+    }
+    scaled_qsm "qsm, M_q 5" +algorithm.options.gradient_scale=5
+    scaled_qsm "qsm, M_q 0.5" +algorithm.options.gradient_scale=0.5
+    scaled_qsm "qsm, M_q 0.5, lr 1e-3" +algorithm.options.gradient_scale=0.5 +algorithm.options.lr=1e-3 task.tau=0.02
+    ;;
   seconds) # SAC's update compiled, as NC-LQL's is. FRAMES=45000 gives it the seconds of nclql_best on the larger tasks
     compiled_sac() {
       learn algorithm=sac task="$TASK" seed=0,1,2 +algorithm.options.compile_update=true "algorithm.name='$1'" "${@:2}" \
@@ -85,5 +94,5 @@ case $1 in
     change ablations "5 levels x 2" sampler.w=500
     change ablations "LQL, step 1e-3" $AUTHORS_CHAIN sampler.num_levels=1 sampler.steps_per_level=20 sampler.step_lr=1e-3
     ;;
-  *) echo "expected all, options, combinations, tau, seconds, ablations or double-ablations" >&2; exit 2 ;;
+  *) echo "expected all, options, combinations, tau, qsm, seconds, ablations or double-ablations" >&2; exit 2 ;;
 esac
