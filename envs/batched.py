@@ -7,6 +7,7 @@ latter to environments that have just ended, and asks the engine only for those 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +23,9 @@ DONE_KEYS = ("terminated", "truncated", "done")
 
 LARGEST_NUMBER = 1e10
 """Positions and velocities beyond it are not physics any more: MuJoCo's own limit, mjMAXVAL."""
+
+ENVIRONMENTS_PER_THREAD = 8
+"""Fewer are not worth a thread of an engine."""
 
 
 class Step(NamedTuple):
@@ -42,6 +46,19 @@ class Step(NamedTuple):
     """Where environments are now, [num_envs, observation_dim]; of an ended episode the next one's first."""
     qpos: torch.Tensor
     """Generalized positions that the step led to, [num_envs, nq], for rendering; of an ended episode its last."""
+
+
+def choose_num_threads(num_threads: int | None) -> int:
+    """Threads that an engine may have: those asked for, by default one per available core.
+
+    Raises:
+        ValueError: for less than one.
+    """
+    if num_threads is None:
+        return len(os.sched_getaffinity(0))
+    if num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}; expected at least 1, or None for one per core.")
+    return num_threads
 
 
 class Engine(Protocol):

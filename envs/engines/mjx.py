@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from envs.batched import Step
+from envs.batched import ENVIRONMENTS_PER_THREAD, Step, choose_num_threads
 from envs.bridge import to_jax, to_jax_device, to_torch
 from envs.engines.mjx_corrections import check_version, corrected_release
 from envs.engines.mjx_dynamics import Dynamics, Settings, State, load_model
@@ -29,9 +29,6 @@ from envs.models import action_bounds
 from envs.task import Model, Task
 
 SOLVERS = ("gymnasium", "fast")
-
-ENVIRONMENTS_PER_THREAD = 8
-"""Fewer are not worth a thread."""
 
 FAST_ITERATIONS: dict[str, tuple[int, int]] = {
     "Ant-v5": (8, 16),  # with (4, 8), one observation in twenty is off by more than 0.01
@@ -220,7 +217,7 @@ class MJXEngine:
             RuntimeError: if one of Warp's buffers was too small until now.
         """
         (observation,) = self._call(self._dynamics.reset, mask)
-        self._check_overflow(self._states[0]["overflow"])
+        self._check_overflow(self._overflow)
         return observation
 
     def set_state(self, qpos: torch.Tensor, qvel: torch.Tensor) -> torch.Tensor:
@@ -234,7 +231,7 @@ class MJXEngine:
         (observation,) = self._call(
             self._dynamics.set_state, *(torch.from_numpy(array).to(self.device) for array in arrays)
         )
-        self._check_overflow(self._states[0]["overflow"])
+        self._check_overflow(self._overflow)
         return observation
 
     def positions(self) -> torch.Tensor:
@@ -308,14 +305,13 @@ def choose_num_parts(num_envs: int, device: torch.device, impl: str, num_threads
     """
     # Other releases are not corrected, and their LAPACK would wait for itself.
     parallel = device.type == "cpu" and impl == "jax" and corrected_release()
-    if num_threads is not None and num_threads < 1:
-        raise ValueError(f"num_threads is {num_threads}; expected at least 1, or None for one per core.")
+    threads = choose_num_threads(num_threads)
     if num_threads is not None and not parallel:
         raise ValueError(
             f"num_threads is {num_threads} with impl={impl!r} on {device}; expected None: only impl='jax' on a CPU, "
             "with the tested release of MJX, steps a batch in several threads."
         )
-    most = min(num_threads or len(os.sched_getaffinity(0)), num_envs // ENVIRONMENTS_PER_THREAD) if parallel else 1
+    most = min(threads, num_envs // ENVIRONMENTS_PER_THREAD) if parallel else 1
     return next((count for count in range(most, 1, -1) if num_envs % count == 0), 1)
 
 

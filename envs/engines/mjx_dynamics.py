@@ -145,7 +145,8 @@ class Dynamics:
             with corrections(self.settings.device.platform), jax.default_matmul_precision("highest"):
                 return function(state, *arguments)
 
-        # On a CPU the other emitters take twice as long to compile, and the code is no faster.
+        # On a CPU the other emitters take twice as long to compile, and the code is no faster. Products that are split
+        # among threads would take those in which other parts of the batch are stepped.
         on_cpu = self.settings.device.platform == "cpu"
         options = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_multi_thread_eigen": False} if on_cpu else None
         compiled = jax.jit(traced, donate_argnums=0, compiler_options=options)

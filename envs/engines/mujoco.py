@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
@@ -13,14 +12,11 @@ import mujoco as _mujoco
 import numpy as np
 import torch
 
-from envs.batched import LARGEST_NUMBER, Step
+from envs.batched import ENVIRONMENTS_PER_THREAD, LARGEST_NUMBER, Step, choose_num_threads
 from envs.models import action_bounds
 from envs.task import POSTCONSTRAINT_FIELDS, Task
 
 mujoco: Any = _mujoco  # its compiled functions have no type stubs
-
-ENVIRONMENTS_PER_THREAD = 8
-"""Fewer are not worth waking a thread for."""
 
 CHUNKS_PER_THREAD = 4
 
@@ -51,8 +47,7 @@ class MujocoEngine:
     def __init__(
         self, task: Task, num_envs: int, *, device: torch.device | str = "cpu", num_threads: int | None = None
     ) -> None:
-        if num_threads is not None and num_threads < 1:
-            raise ValueError(f"num_threads is {num_threads}; expected at least 1, or None for one per core.")
+        num_threads = choose_num_threads(num_threads)
         self.task = task
         self.num_envs = num_envs
         self.device = torch.device(device)
@@ -67,7 +62,7 @@ class MujocoEngine:
         self._views = {name: [getattr(data, name) for data in self._data] for name in self._fields}
         self._controls = [data.ctrl for data in self._data]
 
-        self._threads = min(num_threads or len(os.sched_getaffinity(0)), -(-num_envs // ENVIRONMENTS_PER_THREAD))
+        self._threads = min(num_threads, -(-num_envs // ENVIRONMENTS_PER_THREAD))
         # Several chunks per thread, taken as they come: contacts make some simulations slower than others.
         bounds = np.linspace(0, num_envs, CHUNKS_PER_THREAD * self._threads + 1).astype(int).tolist()
         self._chunks = [range(start, stop) for start, stop in pairwise(bounds)]
