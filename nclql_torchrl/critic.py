@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nclql_torchrl.langevin import action_range
 from nclql_torchrl.mish import mish_with_slope
+from nclql_torchrl.products import batched_product
 from nclql_torchrl.value import ActionValue, EnsembleReduction, Level, LevelValue, Precision, entry
 
 LEVEL_EMBEDDING_DIM = 16
@@ -465,7 +466,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
         # columns: mish and its slope hundreds of times.
         operand = _computed_here(operand.contiguous())
         return (operand.unsqueeze(-1) * weight.unsqueeze(-3)).sum(-2).to(x.dtype)
-    return torch.matmul(operand, weight).to(x.dtype)
+    return batched_product(operand, weight).to(x.dtype)
 
 
 def _computed_here(x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from torch.utils._triton import has_triton
 from torchrl import torchrl_logger
 
 from nclql_torchrl.mish import mish_with_slope
+from nclql_torchrl.products import is_onednn_faster, onednn_bmm
 from nclql_torchrl.value import ActionValue, check_choice
 
 Execution = Literal["eager", "compile", "cudagraph", "auto"]
@@ -186,7 +187,9 @@ class Executor:
         """Normalised actions, shape [*batch, action_dim], and statistics, [*batch] each."""
         execution = self._resolve(value.device.type)
         run = {"eager": self.chain, "compile": self._compile, "cudagraph": self._replay}[execution]
-        with tensor_cores(value.device):
+        # The chain keeps no graph in any mode: saying so lets it use products without derivatives, and spares a second
+        # compilation.
+        with torch.no_grad(), tensor_cores(value.device):
             num_states, part = value.batch_shape.numel(), max(1, MEMORY_LIMIT // value.memory_per_state)
             if num_states <= part:
                 return run(sampler, value, start, noise)
@@ -211,9 +214,7 @@ class Executor:
         # every round would wait for the host; and not within a program that somebody else compiles: there a loop makes
         # torch 2.13 leave behind, for the whole process, the exploration type that the program has set.
         rolled = device == "cpu" and not torch.compiler.is_compiling()
-        # The chain keeps no graph in any mode; saying so spares a second compilation outside of no_grad.
-        with torch.no_grad():
-            return self._compiled[device](sampler, value, start, noise, rolled)
+        return self._compiled[device](sampler, value, start, noise, rolled)
 
     def _replay(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         """Replays the CUDA graph of this batch shape and these parameter tensors.
@@ -280,6 +281,7 @@ def _trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.G
         decomposition_table={
             aten.mish.default: lambda x: mish_with_slope(x)[0],
             aten.mish_backward.default: lambda gradient, x: gradient * mish_with_slope(x)[1],
+            aten.bmm.default: lambda x, y: onednn_bmm(x, y) if is_onednn_faster(x, y) else NotImplemented,
         },
     )(*inputs)
     for name, parameter in list(graph.named_parameters()):
