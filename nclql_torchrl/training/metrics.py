@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tensordict import TensorDict, TensorDictBase
+import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 UPDATE_METRICS = {
@@ -21,6 +22,9 @@ RECENT_EPISODES = 20
 
 DIVERGED = "diverged_updates"
 
+SUMMED = (*UPDATE_METRICS, DIVERGED)
+"""What is added up over the updates since the last row."""
+
 
 class MetricsWindow:
     """Means since the last row. Update metrics are added up where they are, so that no step waits for a GPU."""
@@ -33,13 +37,17 @@ class MetricsWindow:
         """Those of them that were lost since the last row."""
         self.returns: list[float] = []
         self.lengths: list[int] = []
-        self._sums: TensorDictBase | None = None
+        self._sums: list[Tensor] | None = None
+        """Of :data:`SUMMED`, scalars."""
 
     def add_update(self, metrics: TensorDict) -> None:
         """Adds the scalars of one update."""
-        chosen = metrics.select(*UPDATE_METRICS)
-        chosen[DIVERGED] = (~(metrics["loss_qvalue"] + metrics["loss_noise"]).isfinite()).float()
-        self._sums = chosen if self._sums is None else self._sums + chosen
+        diverged = (~(metrics["loss_qvalue"] + metrics["loss_noise"]).isfinite()).float()
+        scalars = [*(metrics[key] for key in UPDATE_METRICS), diverged]
+        if self._sums is None:
+            self._sums = [scalar.clone() for scalar in scalars]
+        else:
+            torch._foreach_add_(self._sums, scalars)  # pyright: ignore[reportPrivateImportUsage]
         self.updates += 1
 
     def add_episodes(self, returns: Tensor, lengths: Tensor) -> None:
@@ -58,7 +66,7 @@ class MetricsWindow:
         Args:
             updates: number of the last one. Parameters that are not finite stay so: all after the first are like it.
         """
-        diverged = 0 if self._sums is None else int(self._sums[DIVERGED])
+        diverged = 0 if self._sums is None else int(self._sums[-1])
         return updates - diverged + 1 if diverged else None
 
     def means(self) -> dict[str, float]:
@@ -69,8 +77,9 @@ class MetricsWindow:
             row["train_length"] = sum(self.lengths) / len(self.lengths)
         row["diverged"] = self.diverged
         if self._sums is not None:
-            sums = self._sums.cpu()
-            row |= {column: float(sums[key]) / self.updates for key, column in UPDATE_METRICS.items()}
+            sums = torch.stack(self._sums).tolist()  # one wait for a GPU
+            means = (total / self.updates for total in sums[:-1])
+            row |= dict(zip(UPDATE_METRICS.values(), means, strict=True))
         return row
 
     def clear(self) -> None:
@@ -79,7 +88,7 @@ class MetricsWindow:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        sums = {} if self._sums is None else dict(self._sums.items())
+        sums = {} if self._sums is None else dict(zip(SUMMED, self._sums, strict=True))
         return {
             "updates": self.updates,
             "diverged": self.diverged,
@@ -94,4 +103,4 @@ class MetricsWindow:
         self.updates, self.diverged = state["updates"], state["diverged"]
         self.recently_diverged = state["recently_diverged"]
         self.returns, self.lengths = list(state["returns"]), list(state["lengths"])
-        self._sums = TensorDict(dict(state["sums"])) if state["sums"] else None
+        self._sums = [state["sums"][key] for key in SUMMED] if state["sums"] else None

@@ -122,26 +122,29 @@ class TimeProfile:
             self._first_update = updates + FIRST_UPDATE
         self._updates = updates
         if self._started is None and updates >= self._first_update:
-            self._before = self._totals()
-            self._started, self._first_update = time.time(), updates
-            self._processor_started = time.process_time()
+            self._before, self._first_update = self._totals(), updates
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._trace = torch.profiler.profile(activities=activities)
             self._trace.start()
-            self._trace_started = time.time()
+            self._started = self._trace_started = time.time()
+            self._processor_started = time.process_time()
         elif self._trace is not None and updates >= self._first_update + TRACED_UPDATES:
             self._end_trace()
 
     def _end_trace(self) -> None:
-        if self._trace is not None:
+        if self._trace is not None and self._started is not None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds = time.time() - self._trace_started
+            ended, processor_ended = time.time(), time.process_time()
+            seconds = ended - self._trace_started
             self._trace.stop()
             self._trace.export_chrome_trace(str(self.directory / "trace.json"))
             if torch.cuda.is_available() and (busy := gpu_busy(self._trace, seconds)) > 0.0:
                 self._gpu_idle = 1.0 - busy
             self._trace = None
+            # Writing the trace is no part of the run.
+            self._started += time.time() - ended
+            self._processor_started += time.process_time() - processor_ended
 
     def _totals(self) -> dict[str, float]:
         totals = timeit.todict(percall=False)

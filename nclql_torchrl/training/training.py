@@ -213,7 +213,10 @@ def _train(config: TrainConfig, learners: Learners, stack: ExitStack, stop: Stop
                 profile.advance(updates)
             if learners.stop_signal is not None:
                 break  # what is owed of this batch is learned and reported when the run is resumed
-            if crossed(config.collector.weight_update_interval, previous_updates, updates):
+            # TorchRL's collector in this process acts with the live critics.
+            if not isinstance(collector, Collector) and crossed(
+                config.collector.weight_update_interval, previous_updates, updates
+            ):
                 collector.update_policy_weights_()
 
             # Evaluate, report, save.
