@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 MANY_MULTIPLICATIONS = 2**22
 """Multiplications in each product of a batch, from which on oneDNN spares more time than calling it costs: 64 rows and
@@ -66,8 +67,13 @@ def _multiply_more(info: Any, in_dims: tuple[int | None, ...], left: Tensor, rig
     return torch.matmul(left, right), 0
 
 
+def _flop(left_shape: torch.Size, right_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return 2 * left_shape.numel() * right_shape[-1]
+
+
 torch.library.register_fake("nclql_torchrl::onednn_bmm", _shape, lib=_LIBRARY)
 torch.library.register_vmap("nclql_torchrl::onednn_bmm", _multiply_more, lib=_LIBRARY)
+register_flop_formula(torch.ops.nclql_torchrl.onednn_bmm)(_flop)
 
 onednn_bmm = torch.ops.nclql_torchrl.onednn_bmm.default
 """``torch.bmm`` of float32 matrices on a CPU, by oneDNN. It has no derivative."""

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from nclql_torchrl import products
 from nclql_torchrl.critic import NoiseConditionedQNetwork
@@ -67,6 +68,12 @@ def test_one_matrix_for_all_is_expanded() -> None:
 def test_the_operator_is_described_rightly_to_compilers() -> None:
     torch.library.opcheck(onednn_bmm, (torch.randn(2, 8, 5), torch.randn(2, 5, 7)))
     torch.library.opcheck(onednn_bmm, (torch.randn(2, 5, 8).mT, torch.randn(2, 7, 5).mT))
+
+
+def test_its_arithmetic_is_counted() -> None:
+    with FlopCounterMode(display=False) as counter:
+        onednn_bmm(torch.randn(2, 8, 5), torch.randn(2, 5, 7))
+    assert counter.get_total_flops() == 2 * 2 * 8 * 5 * 7
 
 
 def test_vmap_multiplies_every_batch() -> None:

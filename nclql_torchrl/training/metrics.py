@@ -88,7 +88,8 @@ class MetricsWindow:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        sums = {} if self._sums is None else dict(zip(SUMMED, self._sums, strict=True))
+        # Copies: what is added later changes the sums in place.
+        sums = {} if self._sums is None else {key: total.clone() for key, total in zip(SUMMED, self._sums, strict=True)}
         return {
             "updates": self.updates,
             "diverged": self.diverged,
@@ -103,4 +104,4 @@ class MetricsWindow:
         self.updates, self.diverged = state["updates"], state["diverged"]
         self.recently_diverged = state["recently_diverged"]
         self.returns, self.lengths = list(state["returns"]), list(state["lengths"])
-        self._sums = [state["sums"][key] for key in SUMMED] if state["sums"] else None
+        self._sums = [state["sums"][key].clone() for key in SUMMED] if state["sums"] else None
