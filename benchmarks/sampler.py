@@ -19,6 +19,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,18 @@ from torchrl.modules import ValueOperator
 
 from benchmarks.baselines.jax_sampler import make_chain
 from nclql_torchrl import LangevinActor, NoiseConditionedQNetwork
-from nclql_torchrl.machine import describe_machine
+from nclql_torchrl.machine import describe_machine, processor_flags
 from nclql_torchrl.products import batched_product
+from nclql_torchrl.value import ActionValue
 
 IN_KEYS = ["observation", "action", "level"]
 
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    flags = next((line for line in cpu.splitlines() if line.startswith("flags")), "").split()
     return {
         **describe_machine(("torch", "jax")),
-        "instructions": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
+        "instructions": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in processor_flags()],
         "openmp": {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
     }
 
@@ -136,8 +136,8 @@ def floor_flop(actor: LangevinActor, states: int) -> int:
     return 4 * steps * states * parameters
 
 
-def errors(observation_dim: int, action_dim: int, device: str) -> dict[str, dict[str, float]]:
-    """Each precision against float64 on 256 states: the gradient of a step, and the action after the whole chain.
+def errors(observation_dim: int, action_dim: int, device: str, mode: str) -> dict[str, dict[str, float]]:
+    """Each precision against eager float64 on 256 states: the gradient of a step, and the action after the whole chain.
 
     The gradient's error is relative to its mean norm. The chain is chaotic where coordinates switch between faces of
     the box, so the distance of the final actions is given by its quantiles.
@@ -151,9 +151,13 @@ def errors(observation_dim: int, action_dim: int, device: str) -> dict[str, dict
     exact_action = reference.sampler(exact_value, start.double(), noise.double())
     table = {}
     for precision in ("float32", "bfloat16"):
-        actor = make_actor(observation_dim, action_dim, device, precision=precision)
+        actor = make_actor(observation_dim, action_dim, device, execution=mode, precision=precision)
         value = actor.action_value(batch)
-        gradient = value.at_level(9).gradient(start).double()
+        evaluate = partial(_gradient_at_last_level, value)
+        if mode != "eager":
+            value.prepare()
+            evaluate = torch.compile(evaluate, fullgraph=True)
+        gradient = evaluate(start).double()
         distance = (actor.sampler(value, start, noise).double() - exact_action).norm(dim=-1)
         table[precision] = {
             "gradient_relative_error": float((gradient - exact_gradient).norm(dim=-1).mean())
@@ -161,6 +165,10 @@ def errors(observation_dim: int, action_dim: int, device: str) -> dict[str, dict
             **{f"action_distance_p{p}": float(distance.quantile(p / 100)) for p in (50, 90, 99)},
         }
     return table
+
+
+def _gradient_at_last_level(value: ActionValue, action: torch.Tensor) -> torch.Tensor:
+    return value.at_level(9).gradient(action)
 
 
 def measure(
@@ -266,7 +274,7 @@ def main() -> None:
     for size in arguments.sizes:
         observation_dim, action_dim = map(int, size.split("x"))
         with torch.no_grad():
-            result["errors"][size] = errors(observation_dim, action_dim, device)
+            result["errors"][size] = errors(observation_dim, action_dim, device, modes[-1])
             for states in arguments.states:
                 rounds = arguments.rounds * (5 if states <= 16 else 1)
                 case = measure(states, observation_dim, action_dim, modes, rates, rounds, device)

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from tensordict import TensorDictBase, TensorDictParams
 from torch import Tensor, nn
 
+from nclql_torchrl import fused_gradient
+from nclql_torchrl.fused_gradient import FusedCritics
 from nclql_torchrl.langevin import action_range
 from nclql_torchrl.mish import mish_with_slope
 from nclql_torchrl.products import batched_product
-from nclql_torchrl.value import ActionValue, EnsembleReduction, Level, LevelValue, Precision, entry
+from nclql_torchrl.value import ActionValue, EnsembleReduction, Level, LevelValue, Precision, entry, reduce_ensemble
 
 LEVEL_EMBEDDING_DIM = 16
 LEVEL_HIDDEN_DIM = 32
@@ -317,6 +319,10 @@ class EnsembleActionValue(ActionValue):
         """Weights and biases of the trunk as a chain applies them: where a subclass folds in what else is linear."""
         return self.weights.trunk
 
+    def prepare(self) -> None:
+        if self.device.type == "cpu":
+            fused_gradient.load()
+
     def levels(self) -> Callable[[Level], EnsembleLevelValue]:
         """The landscapes, with the observation's and the levels' share of the first layer computed here, once."""
         weights = self.weights
@@ -340,17 +346,36 @@ class EnsembleActionValue(ActionValue):
 
         # Cast once per chain. Float64 stays: the option is about the speed of float32.
         dtype = torch.bfloat16 if self.precision == "bfloat16" and first.dtype == torch.float32 else first.dtype
+        fused = None
+        if not weights.norms and _may_fuse(observation_features, hidden, dtype):
+            output, num_states = (output_weight, output_bias), observation_features.shape[1]
+            fused = FusedCritics.of(action_weight * scale, hidden, output, dtype, num_states)
         fixed = {
             "action_weight": (action_weight * scale).to(dtype),
-            "weights": [weight.to(dtype) for weight, _ in hidden],
+            # A loop of a compiled program takes no tensor twice.
+            "weights": fused.down if fused is not None and dtype == first.dtype else [w.to(dtype) for w, _ in hidden],
             "biases": [bias for _, bias in hidden],
             "norms": weights.norms,
             "output_weight": output_weight,
             "output_bias": output_bias,
             "reduction": self.reduction,
             "batch_shape": self.batch_shape,
+            "fused": fused,
         }
-        return lambda level: EnsembleLevelValue(observation_features + entry(level_features, level, dim=1), **fixed)
+        return lambda level: EnsembleLevelValue(observation_features, entry(level_features, level, dim=1), **fixed)
+
+
+def _may_fuse(observation_features: Tensor, hidden: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> bool:
+    """Whether a chain takes its gradients from the fused operator: compiled ones on a CPU do.
+
+    The operator has no derivative, and is not there where an exported program runs.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and not torch.is_grad_enabled()
+        and fused_gradient.is_fusable(observation_features, hidden, dtype)
+    )
 
 
 Backward = Callable[[Tensor], Tensor]
@@ -362,9 +387,10 @@ class EnsembleLevelValue(LevelValue):
     """:class:`LevelValue` of an ensemble of :class:`NoiseConditionedQNetwork`, with its gradient written out.
 
     Args:
-        features: what observation and level add to the first layer, shape [num_critics, batch, hidden].
+        observation_features: what the observation adds to the first layer, shape [num_critics, batch, hidden].
+        level_features: what the level adds, shape [num_critics, 1, hidden].
         action_weight: the action's part of the first layer, shape [num_critics, hidden, action_dim]. Its type and that
-            of ``weights`` is the type of the matrix products' operands; everything else has the type of ``features``.
+            of ``weights`` is the type of the matrix products' operands; everything else has that of the features.
         weights: the other hidden layers, each [num_critics, hidden_out, hidden_in].
         biases: likewise, each [num_critics, 1, hidden_out].
         norms: scale and shift of every hidden layer's normalisation, each [num_critics, 1, hidden]; may be empty.
@@ -372,11 +398,13 @@ class EnsembleLevelValue(LevelValue):
         output_bias: shape [num_critics, 1, 1].
         reduction: how the critics are combined.
         batch_shape: shape of the batch of observations; its flattened size is ``batch``.
+        fused: the same weights for the fused operator, where the gradient is to come from it.
     """
 
     def __init__(
         self,
-        features: Tensor,
+        observation_features: Tensor,
+        level_features: Tensor,
         action_weight: Tensor,
         weights: list[Tensor],
         biases: list[Tensor],
@@ -385,13 +413,16 @@ class EnsembleLevelValue(LevelValue):
         output_bias: Tensor,
         reduction: EnsembleReduction,
         batch_shape: torch.Size,
+        fused: FusedCritics | None = None,
     ) -> None:
-        self.features = features
+        self.observation_features, self.level_features = observation_features, level_features
+        self.features = observation_features + level_features
         self.action_weight = action_weight
         self.weights, self.biases, self.norms = weights, biases, norms
         self.output_weight, self.output_bias = output_weight, output_bias
         self.reduction: EnsembleReduction = reduction
         self.batch_shape = batch_shape
+        self.fused = fused
 
     def _first_layer(self, action: Tensor) -> Tensor:
         return self.features + _product(action.reshape(1, -1, action.shape[-1]), self.action_weight.transpose(-1, -2))
@@ -405,30 +436,46 @@ class EnsembleLevelValue(LevelValue):
         return values.reshape(-1, *self.batch_shape)
 
     def gradient(self, action: Tensor) -> Tensor:
-        """Gradient of the combined value with respect to the action, shape [*batch, action_dim].
+        """Gradient of the combined value with respect to the action, shape [*batch, action_dim]."""
+        return self._combined(*self._critics(action, with_values=self.reduction == "min")).reshape(action.shape)
+
+    def value_and_gradient(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        """The combined value, shape [*batch], and its gradient, shape [*batch, action_dim], from one evaluation."""
+        values, gradients = self._critics(action, with_values=True)
+        assert values is not None
+        value = reduce_ensemble(values, self.reduction).reshape(action.shape[:-1])
+        return value, self._combined(values, gradients).reshape(action.shape)
+
+    def _critics(self, action: Tensor, with_values: bool) -> tuple[Tensor | None, Tensor]:
+        """Every critic's value, shape [num_critics, batch], and gradient, shape [num_critics, batch, action_dim].
 
         The chain rule of this network by hand: one pass up that keeps each mish's slope, one pass down. It spares
         automatic differentiation's bookkeeping, shares the exponential between mish and its slope, and never touches
         a parameter's gradient.
         """
+        if self.fused is not None:
+            flat = action.reshape(-1, action.shape[-1])
+            return self.fused.values_and_gradients(flat, self.observation_features, self.level_features)
         hidden, back = self._activate(self._first_layer(action), 0)
         backs = [back]
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True), start=1):
             hidden, back = self._activate(_product(hidden, weight.transpose(-1, -2)) + bias, index)
             backs.append(back)
+        values = None
+        if with_values:
+            values = torch.baddbmm(self.output_bias, hidden, self.output_weight.transpose(-1, -2)).squeeze(-1)
         delta = backs[-1](self.output_weight)
-        if self.reduction == "min":
-            values = torch.baddbmm(self.output_bias, hidden, self.output_weight.transpose(-1, -2))
-            lowest = values.amin(0, keepdim=True)
-            is_lowest = (values == lowest).to(values.dtype)
-            # Ties share the gradient, as torch.amin's own derivative does.
-            delta = delta * (is_lowest / is_lowest.sum(0, keepdim=True))
         for weight, back in zip(reversed(self.weights), reversed(backs[:-1]), strict=True):
             delta = back(_product(delta, weight))
-        gradient = _product(delta, self.action_weight).sum(0)
-        if self.reduction == "mean":
-            gradient = gradient / self.action_weight.shape[0]
-        return gradient.reshape(action.shape)
+        return values, _product(delta, self.action_weight)
+
+    def _combined(self, values: Tensor | None, gradients: Tensor) -> Tensor:
+        """What :meth:`_critics` returns -> gradient of the combined value, shape [batch, action_dim]."""
+        if values is not None and self.reduction == "min":
+            is_lowest = (values == values.amin(0)).to(values.dtype)
+            # Ties share the gradient, as torch.amin's own derivative does.
+            gradients = gradients * (is_lowest / is_lowest.sum(0)).unsqueeze(-1)
+        return gradients.mean(0) if self.reduction == "mean" else gradients.sum(0)
 
     def _activate(self, hidden: Tensor, index: int) -> tuple[Tensor, Backward]:
         """What follows the linear layer of that index, and its part of the pass down."""

@@ -16,8 +16,6 @@ too large for :data:`MEMORY_LIMIT` run in several parts, one after the other.
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._triton import has_triton
 from torchrl import torchrl_logger
 
+from nclql_torchrl.machine import cpp_compiler
 from nclql_torchrl.mish import mish_with_slope
 from nclql_torchrl.products import is_onednn_faster, onednn_bmm
 from nclql_torchrl.value import ActionValue, check_choice
@@ -206,6 +205,8 @@ class Executor:
 
     def _compile(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         device = value.device.type
+        if not torch.compiler.is_compiling():
+            value.prepare()
         if device not in self._compiled:
             self._compiled[device] = compiled(self.chain, device)
         # One layout, also of dimensions of size 1: a caller's own noise and drawn noise are one compiled program.
@@ -327,4 +328,4 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
 
 
 def _has_cpp_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    return cpp_compiler() is not None

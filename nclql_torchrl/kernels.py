@@ -411,6 +411,9 @@ def _gradient(value: ValueAtLevel, action: Tensor) -> Tensor:
 
 
 def _value_and_gradient(value: ValueAtLevel, action: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and action gradient, likewise."""
+    if hasattr(value, "value_and_gradient"):
+        return value.value_and_gradient(action)  # pyright: ignore
     return value(action), _gradient(value, action)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,13 +64,38 @@ def free_memory(device: torch.device) -> int | None:
     return free if limit == "max" else min(free, max(int(limit) - used, 0))
 
 
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would find, if there is one: ``$CXX``, g++ or clang++.
+
+    Examples:
+        >>> cpp_compiler() is None or isinstance(cpp_compiler(), str)
+        True
+    """
+    names = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def processor_flags() -> set[str]:
+    """Instructions that the processor has, as Linux names them; nothing where the system does not tell.
+
+    Examples:
+        >>> "no such instruction" in processor_flags()
+        False
+    """
+    return set(_of_processor("flags").split())
+
+
 def _processor() -> str:
+    return _of_processor("model name") or platform.processor() or platform.machine()
+
+
+def _of_processor(name: str) -> str:
+    """An entry of Linux's description of the first processor; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
 def _version(package: str) -> str | None:

@@ -76,6 +76,10 @@ class LevelValue(abc.ABC):
         """Gradient of the combined value with respect to the action, shape [*batch, action_dim]."""
         return action_gradient(self, action)
 
+    def value_and_gradient(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`__call__` and :meth:`gradient`; a subclass may know how to share what they have in common."""
+        return self(action), self.gradient(action)
+
 
 def action_gradient(value: Callable[[Tensor], Tensor], action: Tensor) -> Tensor:
     """Gradient of a batch of independent values with respect to their actions, by ``torch.func.grad``.
@@ -112,6 +116,9 @@ class ActionValue(abc.ABC):
     takes_tensor_levels: ClassVar[bool] = False
     """Whether the function that :meth:`levels` returns takes a level that is a tensor, so that a compiled chain can be
     a loop instead of one long program."""
+
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
+        """Called before a compiled chain: what compiled code uses but cannot make. Cheap when it has been called."""
 
     @abc.abstractmethod
     def levels(self) -> Callable[[Any], LevelValue]:

@@ -142,3 +142,6 @@ def test_hand_written_gradient_matches_autograd_of_the_plain_forward(
         expected = action_gradient(plain_value, action)
         torch.testing.assert_close(fast_value.gradient(action), expected, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(action_gradient(fast_value, action), expected, rtol=1e-11, atol=1e-12)
+        both = plain_value(action), expected
+        torch.testing.assert_close(fast_value.value_and_gradient(action), both, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(plain_value.value_and_gradient(action), both, rtol=1e-11, atol=1e-12)

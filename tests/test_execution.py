@@ -26,7 +26,7 @@ from torchrl.envs import GymEnv, SerialEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueOperator
 
-from nclql_torchrl import LangevinActor, LangevinSampler, NoiseConditionedQNetwork, NoiseSchedule, execution
+from nclql_torchrl import LangevinActor, LangevinSampler, NoiseConditionedQNetwork, NoiseSchedule, execution, machine
 from nclql_torchrl.value import ModuleActionValue
 
 IN_KEYS = ["observation", "action", "level"]
@@ -261,7 +261,7 @@ def test_copies_start_anew() -> None:
 def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"execution is 'cudagraph'.*no CUDA device.*'auto'"):
         make("standard", execution="cudagraph")
-    monkeypatch.setattr(execution.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"execution is 'compile'.*C\+\+ compiler"):
         make("standard", execution="compile")
     actor = make("standard", execution="auto")
