@@ -26,7 +26,7 @@ void store(const Vec& x, float* to) {
 }
 
 void store(const Vec& x, at::BFloat16* to) {
-#ifdef __AVX512_BF16__
+#ifdef __AVX512BF16__
   // What torch's headers write out as ten instructions.
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 #else
