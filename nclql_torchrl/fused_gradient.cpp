@@ -55,14 +55,14 @@ struct Critic {
   std::vector<const float*> biases;
 };
 
-// Widths of the hidden layers, and memory for a block of rows, each as wide as the widest layer.
+// Widths of the hidden layers, and memory for a block of rows.
 template <typename Operand>
 struct Block {
   const std::vector<int64_t>& widths;
   int64_t action_dim;
-  int64_t widest;
+  int64_t plane;     // numbers of a block in the widest layer
   float* product;    // what a matrix product returns
-  float* slopes;     // of every hidden layer but the last
+  float* slopes;     // of every hidden layer but the last, a plane each
   Operand* operand;  // what the next product is given
 
   // product = operand * weight, [inner, columns].
@@ -100,7 +100,7 @@ struct Block {
         multiply_up(rows, widths[layer - 1], width, critic, layer - 1);
       }
       const float* bias = layer == 0 ? critic.level_features : critic.biases[layer - 1];
-      float* slope = slopes + layer * kMostRows * widest;
+      float* slope = slopes + layer * plane;
       for (int64_t row = 0; row < rows; row++) {
         Vec sum(0.0f);
         for (int64_t column = 0; column < width; column += Vec::size()) {
@@ -126,7 +126,7 @@ struct Block {
     }
     for (int64_t layer = last - 1; layer >= 0; layer--) {
       multiply(rows, widths[layer + 1], widths[layer], critic.down[layer]);
-      const float* slope = slopes + layer * kMostRows * widest;
+      const float* slope = slopes + layer * plane;
       for (int64_t index = 0; index < rows * widths[layer]; index += Vec::size()) {
         put_delta(Vec::loadu(product + index) * Vec::loadu(slope + index), index, layer);
       }
@@ -190,11 +190,15 @@ void run(
   const int64_t block_rows = std::clamp(share, kLeastRows, kMostRows);
   const int64_t blocks = (batch + block_rows - 1) / block_rows;
   at::parallel_for(0, num_critics * blocks, 1, [&](int64_t begin, int64_t end) {
-    const int64_t plane = kMostRows * widest;
-    const Tensor floats = at::empty({(layers + 1) * plane}, at::kFloat);
-    const Tensor operands = at::empty({plane}, down[0].scalar_type());
-    float* memory = floats.data_ptr<float>();
-    Block<Operand> block{widths, action_dim, widest, memory, memory + plane, operands.data_ptr<Operand>()};
+    // Kept, because for a single state allocating takes as long as computing.
+    thread_local Tensor memory;
+    const int64_t plane = block_rows * widest;
+    if (!memory.defined() || memory.numel() < (layers + 2) * plane) {
+      memory = at::empty({(layers + 2) * plane}, at::kFloat);
+    }
+    float* product = memory.data_ptr<float>();
+    Operand* operand = reinterpret_cast<Operand*>(product + (layers + 1) * plane);
+    Block<Operand> block{widths, action_dim, plane, product, product + plane, operand};
     for (int64_t index = begin; index < end; index++) {
       const int64_t critic = index / blocks, first = index % blocks * block_rows;
       const int64_t rows = std::min(block_rows, batch - first), place = critic * batch + first;
