@@ -26,7 +26,7 @@ void store(const Vec& x, float* to) {
 }
 
 void store(const Vec& x, at::BFloat16* to) {
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
   // What torch's headers write out as ten instructions.
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 #else

@@ -25,13 +25,12 @@ from nclql_torchrl.machine import cpp_compiler, processor_flags
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 WIDTH_DIVISOR = 16
-"""Numbers in one of the processor's registers: the width of every hidden layer is a multiple."""
+"""Numbers in the largest of a processor's registers: the width of every hidden layer is a multiple."""
 
-FLAGS = (
-    *("-O3", "-std=c++20", "-march=native", "-shared", "-fPIC", "-fopenmp"),
-    *("-DAT_PARALLEL_OPENMP=1", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
-)
-"""As torch's own kernels for processors with AVX-512 are built, but for this very processor."""
+CAPABILITIES = ("AVX512", "AVX2")
+"""What torch may call the processor where the operator can be built."""
+
+FLAGS = ("-O3", "-std=c++20", "-march=native", "-shared", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
 
 _operand_types: tuple[torch.dtype, ...] | None = None
 """Types of the products' operands that the operator takes here: none where it could not be loaded, None before it was
@@ -133,7 +132,7 @@ def _in_pairs(transposed: Tensor) -> Tensor:
 
 
 def load() -> None:
-    """Builds the operator unless that has been done, and loads it, where there is AVX-512 and a C++ compiler.
+    """Builds the operator unless that has been done, and loads it, where there is AVX2 and a C++ compiler.
 
     A build that fails is said once, and costs nothing but speed.
     """
@@ -145,7 +144,7 @@ def load() -> None:
 
 def _load() -> tuple[torch.dtype, ...]:
     compiler = cpp_compiler()
-    if compiler is None or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if compiler is None or torch.backends.cpu.get_cpu_capability() not in CAPABILITIES:
         return ()
     try:
         torch.ops.load_library(_built(compiler))
@@ -155,7 +154,8 @@ def _load() -> tuple[torch.dtype, ...]:
         return ()
     torch.library.register_fake("nclql_torchrl::fused_gradient", _shapes)
     # Without these instructions torch has no such product.
-    return (torch.float32, torch.bfloat16) if "avx512_bf16" in processor_flags() else (torch.float32,)
+    has_bfloat16 = torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in processor_flags()
+    return (torch.float32, torch.bfloat16) if has_bfloat16 else (torch.float32,)
 
 
 def is_fusable(observation_features: Tensor, hidden: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> bool:
@@ -180,8 +180,11 @@ def _built(compiler: str) -> Path:
     """The library: built for this source, compiler command, version of torch and processor, or found in the cache."""
     torch_directory = Path(torch.__file__).parent
     include, link = torch_directory / "include", torch_directory / "lib"
-    command = [compiler, *FLAGS, f"-I{include}", f"-L{link}", str(SOURCE), "-ltorch_cpu", "-lc10"]
-    known = "\n".join([SOURCE.read_text(), compiler, *FLAGS, torch.__version__, *sorted(processor_flags())])
+    # As torch's own kernels for this kind of processor are built.
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = [*FLAGS, f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    command = [compiler, *flags, f"-I{include}", f"-L{link}", str(SOURCE), "-ltorch_cpu", "-lc10"]
+    known = "\n".join([SOURCE.read_text(), compiler, *flags, torch.__version__, *sorted(processor_flags())])
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     library = Path(root) / "nclql_torchrl" / f"fused_gradient_{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if not library.exists():
