@@ -32,7 +32,7 @@ from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 
 from benchmarks.baselines.jax_sampler import make_chain
-from nclql_torchrl import LangevinActor, NoiseConditionedQNetwork
+from nclql_torchrl import LangevinActor, NoiseConditionedQNetwork, fused_gradient
 from nclql_torchrl.machine import describe_machine, processor_flags
 from nclql_torchrl.products import batched_product
 from nclql_torchrl.value import ActionValue
@@ -155,7 +155,7 @@ def errors(observation_dim: int, action_dim: int, device: str, mode: str) -> dic
         value = actor.action_value(batch)
         evaluate = partial(_gradient_at_last_level, value)
         if mode != "eager":
-            value.prepare()
+            fused_gradient.load()
             evaluate = torch.compile(evaluate, fullgraph=True)
         gradient = evaluate(start).double()
         distance = (actor.sampler(value, start, noise).double() - exact_action).norm(dim=-1)

@@ -319,10 +319,6 @@ class EnsembleActionValue(ActionValue):
         """Weights and biases of the trunk as a chain applies them: where a subclass folds in what else is linear."""
         return self.weights.trunk
 
-    def prepare(self) -> None:
-        if self.device.type == "cpu":
-            fused_gradient.load()
-
     def levels(self) -> Callable[[Level], EnsembleLevelValue]:
         """The landscapes, with the observation's and the levels' share of the first layer computed here, once."""
         weights = self.weights

@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._triton import has_triton
 from torchrl import torchrl_logger
 
+from nclql_torchrl import fused_gradient
 from nclql_torchrl.machine import cpp_compiler
 from nclql_torchrl.mish import mish_with_slope
 from nclql_torchrl.products import is_onednn_faster, onednn_bmm
@@ -205,8 +206,8 @@ class Executor:
 
     def _compile(self, sampler: nn.Module, value: ActionValue, start: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         device = value.device.type
-        if not torch.compiler.is_compiling():
-            value.prepare()
+        if device == "cpu" and not torch.compiler.is_compiling():
+            fused_gradient.load()
         if device not in self._compiled:
             self._compiled[device] = compiled(self.chain, device)
         # One layout, also of dimensions of size 1: a caller's own noise and drawn noise are one compiled program.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torchrl import torchrl_logger
 
@@ -187,14 +188,18 @@ def _built(compiler: str) -> Path:
     known = "\n".join([SOURCE.read_text(), compiler, *flags, torch.__version__, *sorted(processor_flags())])
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     library = Path(root) / "nclql_torchrl" / f"fused_gradient_{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        torchrl_logger.info(f"Building {SOURCE.name} for compiled Langevin chains: some ten seconds, once.")
-        # Beside it, then renamed: what a killed process leaves behind is never loaded.
-        with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-            unfinished = Path(directory) / library.name
-            subprocess.run([*command, "-o", str(unfinished)], check=True, capture_output=True, text=True)
-            unfinished.rename(library)
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # One process builds, others wait for it; the system takes the lock from a process that is killed.
+    with FileLock(library.with_suffix(".lock")):
+        if not library.exists():
+            torchrl_logger.info(f"Building {SOURCE.name} for compiled Langevin chains: some ten seconds, once.")
+            # Beside it, then renamed: what a killed process leaves behind is never loaded.
+            with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+                unfinished = Path(directory) / library.name
+                subprocess.run([*command, "-o", str(unfinished)], check=True, capture_output=True, text=True)
+                unfinished.rename(library)
     return library
 
 

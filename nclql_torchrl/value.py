@@ -117,9 +117,6 @@ class ActionValue(abc.ABC):
     """Whether the function that :meth:`levels` returns takes a level that is a tensor, so that a compiled chain can be
     a loop instead of one long program."""
 
-    def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
-        """Called before a compiled chain: what compiled code uses but cannot make. Cheap when it has been called."""
-
     @abc.abstractmethod
     def levels(self) -> Callable[[Any], LevelValue]:
         """The landscape over actions as a function of the noise level. Work that no action changes is done here, once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -11,13 +12,15 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from tensordict import TensorDict
 from torch import Tensor
 from torch._dynamo import lookup_backend
 
-from nclql_torchrl import NoiseConditionedQNetwork, fused_gradient
+from nclql_torchrl import LangevinSampler, NoiseConditionedQNetwork, NoiseSchedule, execution, fused_gradient
 from nclql_torchrl.fused_gradient import FusedCritics, is_fusable, load
 from nclql_torchrl.machine import cpp_compiler
+from nclql_torchrl.profiling.schedules import ResampledActionValue
 from nclql_torchrl.value import ActionValue, EnsembleReduction
 
 load()
@@ -146,6 +149,33 @@ def ensemble(batch: int = 6, num_critics: int = 2, **options: Any) -> ActionValu
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_compiled_chains_take_it_also_for_values_of_others(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = torch.ops.nclql_torchrl.fused_gradient.default
+    calls: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: object) -> Callable[..., Any]:
+        parts = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        calls.append(sum(node.target is operator for part in parts for node in part.graph.nodes))
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(execution.torch, "compile", partial(torch.compile, backend=backend))
+    loads: list[bool] = []
+    monkeypatch.setattr(fused_gradient, "load", lambda: loads.append(True))
+    value = ensemble()
+    if wrapped:
+        value = ResampledActionValue(value, (0, 2), torch.tensor([0, 2]))
+    bound = torch.ones(2)
+    schedule = NoiseSchedule(2, 0.012, 0.01) if wrapped else NoiseSchedule(3, 0.02, 0.01)
+    chain = LangevinSampler(-bound, bound, schedule, steps_per_level=1, w=5.0, execution="compile")
+    start, noise = torch.rand(6, 2) * 2 - 1, torch.randn(schedule.num_levels, 1, 6, 2)
+    eager = LangevinSampler(-bound, bound, schedule, steps_per_level=1, w=5.0)
+    # Two programs that round each of a few dozen float32 operations differently.
+    torch.testing.assert_close(chain(value, start, noise), eager(value, start, noise), atol=1e-5, rtol=0)
+    assert calls and set(calls) == {1}, "in the loop over the levels"
+    assert loads == [True], "by whoever runs the chain, before it is compiled"
+
+
 def traced(function: Callable[..., Any], *inputs: Tensor) -> tuple[Any, int]:
     """What the compiled function returns, and how many calls of the operator its graph has."""
     calls = 0
@@ -245,7 +275,7 @@ def test_built_once_and_only_a_finished_library_is_kept(unloaded: Path, monkeypa
     monkeypatch.setattr(fused_gradient.subprocess, "run", killed)
     with pytest.raises(KeyboardInterrupt):
         load()
-    assert not list(unloaded.iterdir()) and not loaded
+    assert not list(unloaded.glob("*.so")) and not loaded
 
     def counted(command: list[str], **options: Any) -> object:
         commands.append(command)
@@ -255,8 +285,27 @@ def test_built_once_and_only_a_finished_library_is_kept(unloaded: Path, monkeypa
     for _ in range(2):
         load()
         monkeypatch.setattr(fused_gradient, "_operand_types", None)
-    assert len(commands) == 1 and loaded == [*unloaded.iterdir()] * 2
+    assert len(commands) == 1 and loaded == [*unloaded.glob("*.so")] * 2
     assert loaded[0].read_text() == fused_gradient.SOURCE.read_text()
+
+
+def test_one_process_builds_and_others_wait(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locks: list[Path] = []
+    loaded: list[Path] = []
+
+    class BuiltMeanwhile(FileLock):
+        """A lock that is free when another process has built the library."""
+
+        def acquire(self, *args: Any, **options: Any) -> Any:
+            locks.append(Path(self.lock_file))
+            locks[0].with_suffix(".so").touch()
+            return super().acquire(*args, **options)
+
+    monkeypatch.setattr(fused_gradient, "FileLock", BuiltMeanwhile)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(fused_gradient.subprocess, "run", None)
+    load()
+    assert loaded == [locks[0].with_suffix(".so")]
 
 
 @pytest.mark.usefixtures("unloaded")
