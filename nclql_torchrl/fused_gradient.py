@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -154,6 +154,7 @@ def _load() -> tuple[torch.dtype, ...]:
         torchrl_logger.warning(f"Compiled chains do without {SOURCE.name}, which could not be built: {reason}")
         return ()
     torch.library.register_fake("nclql_torchrl::fused_gradient", _shapes)
+    torch.library.register_vmap("nclql_torchrl::fused_gradient", _one_by_one)
     # Without these instructions torch has no such product.
     has_bfloat16 = torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in processor_flags()
     return (torch.float32, torch.bfloat16) if has_bfloat16 else (torch.float32,)
@@ -218,3 +219,19 @@ def _shapes(
     num_critics, batch, _ = observation_features.shape
     values = observation_features.new_empty(num_critics, batch)
     return values, observation_features.new_empty(num_critics, batch, action.shape[1])
+
+
+def _one_by_one(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """The operator under ``torch.vmap``: what it is mapped over takes turns."""
+
+    def entry(value: Any, dim: Any, index: int) -> Any:
+        if isinstance(value, Tensor):
+            return value if dim is None else value.select(dim, index)
+        return [entry(*pair, index) for pair in zip(value, dim or [None] * len(value), strict=True)]
+
+    operator = torch.ops.nclql_torchrl.fused_gradient.default
+    results = [
+        operator(*(entry(*pair, index) for pair in zip(inputs, in_dims, strict=True)))
+        for index in range(info.batch_size)
+    ]
+    return tuple(torch.stack(values) for values in zip(*results, strict=True)), (0, 0)

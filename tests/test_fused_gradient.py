@@ -205,6 +205,35 @@ def test_compiled_gradients_are_the_operators(batch: int, reduction: EnsembleRed
     torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("over", ["actions", "critics"])
+def test_vmap_takes_turns(over: str) -> None:
+    action_weight, layers = make_layers((32, 16), 2, 3)
+    features, level_features = torch.randn(2, 5, 32), torch.randn(2, 1, 32)
+    actions, scales = torch.rand(4, 5, 3), torch.tensor([0.5, 1.0, 2.0, 3.0])
+
+    def gradients(action: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = [(weight * scale, bias) for weight, bias in layers[:-1]]
+        critics = FusedCritics.of(action_weight, hidden, layers[-1], torch.float32, 5)
+        return critics.values_and_gradients(action, features, level_features)
+
+    in_dims = (0, None) if over == "actions" else (None, 0)
+    inputs = (actions, scales[1]) if over == "actions" else (actions[0], scales)
+    found = torch.vmap(gradients, in_dims)(*inputs)
+    turns = [
+        gradients(actions[i], scales[1]) if over == "actions" else gradients(actions[0], scales[i]) for i in range(4)
+    ]
+    torch.testing.assert_close(found, tuple(torch.stack(part) for part in zip(*turns, strict=True)), rtol=0, atol=0)
+
+
+def test_compiled_code_may_map_over_it() -> None:
+    value, actions = ensemble(), torch.rand(3, 6, 2) * 2 - 1
+    gradient = torch.vmap(lambda action: value.at_level(1).gradient(action))
+    with torch.no_grad():
+        found, calls = traced(gradient, actions)
+        torch.testing.assert_close(found, gradient(actions), rtol=1e-5, atol=1e-6)
+    assert calls == 1
+
+
 def test_critics_that_tie_share_the_gradient() -> None:
     value = ensemble(reduction="min")
     assert value.parameters[0].shape[0] == 2
