@@ -219,9 +219,8 @@ def test_vmap_takes_turns(over: str) -> None:
     in_dims = (0, None) if over == "actions" else (None, 0)
     inputs = (actions, scales[1]) if over == "actions" else (actions[0], scales)
     found = torch.vmap(gradients, in_dims)(*inputs)
-    turns = [
-        gradients(actions[i], scales[1]) if over == "actions" else gradients(actions[0], scales[i]) for i in range(4)
-    ]
+    pairs = [(action, scales[1]) for action in actions] if over == "actions" else [(actions[0], s) for s in scales]
+    turns = [gradients(*pair) for pair in pairs]
     torch.testing.assert_close(found, tuple(torch.stack(part) for part in zip(*turns, strict=True)), rtol=0, atol=0)
 
 
