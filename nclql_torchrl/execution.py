@@ -4,7 +4,8 @@
 ``eager``       Operation by operation. Nothing to wait for; the library's default.
 ``compile``     The whole chain, and each step of an update from batch to gradients, as one compiled program
                 (torch.compile). The first call of every batch shape compiles for tens of seconds on a CPU; later
-                processes find the result in torch's cache on disk.
+                processes find the result in torch's cache on disk. On a CPU with AVX2 the action gradient of our
+                critics is one operator in it (:mod:`nclql_torchrl.fused_gradient`).
 ``cudagraph``   The compiled programs captured as CUDA graphs: one launch instead of hundreds.
 ``auto``        ``cudagraph`` on a GPU with Triton, ``compile`` on a CPU with a C++ compiler, else ``eager``.
 ==============  ====================================================================================================
