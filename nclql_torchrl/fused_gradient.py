@@ -94,7 +94,8 @@ class FusedCritics(NamedTuple):
         weights = [weight.to(dtype) for weight, _ in hidden]
         transposed = _in_pairs if dtype == torch.bfloat16 else lambda weight: weight.mT.contiguous()
         return cls(
-            action_weight.mT.contiguous(),
+            # A copy where there is one action, too: a loop of a compiled program takes no tensor twice.
+            action_weight.mT.clone(memory_format=torch.contiguous_format),
             action_weight.contiguous(),
             [transposed(weight) for weight in weights if num_states > 1 or dtype != torch.float32],
             [transposed(weight.mT) for weight in weights],

@@ -21,7 +21,7 @@ from nclql_torchrl import LangevinSampler, NoiseConditionedQNetwork, NoiseSchedu
 from nclql_torchrl.fused_gradient import FusedCritics, is_fusable, load
 from nclql_torchrl.machine import cpp_compiler
 from nclql_torchrl.profiling.schedules import ResampledActionValue
-from nclql_torchrl.value import ActionValue, EnsembleReduction
+from nclql_torchrl.value import ActionValue, EnsembleReduction, Precision
 
 load()
 TYPES = fused_gradient._operand_types or ()
@@ -135,22 +135,35 @@ def test_shapes_that_do_not_fit_are_named(change: dict[str, Any], words: str) ->
         torch.ops.nclql_torchrl.fused_gradient.default(*arguments.values())
 
 
-def ensemble(batch: int = 6, num_critics: int = 2, **options: Any) -> ActionValue:
+def ensemble(batch: int = 6, num_critics: int = 2, action_dim: int = 2, **options: Any) -> ActionValue:
     """A critic's values at random observations."""
     torch.manual_seed(0)
     network: dict[str, Any] = {"hidden_sizes": (32, 16)} | {
         key: options.pop(key) for key in ("hidden_sizes", "layer_norm") if key in options
     }
-    networks = [NoiseConditionedQNetwork(3, 2, **network) for _ in range(num_critics)]
-    center, half_range = torch.zeros(2), torch.ones(2)
+    networks = [NoiseConditionedQNetwork(3, action_dim, **network) for _ in range(num_critics)]
+    center, half_range = torch.zeros(action_dim), torch.ones(action_dim)
     return networks[0].action_value(
         TensorDict.from_modules(*networks), torch.randn(batch, 3), num_levels=3, action_center=center,
         action_half_range=half_range, **options,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_compiled_chains_take_it_also_for_values_of_others(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("wrapped", "batch", "num_critics", "action_dim"),
+    [(False, 6, 2, 2), (True, 6, 2, 2), (False, 1, 2, 2), (False, 6, 2, 1), (False, 1, 1, 1)],
+)
+def test_compiled_chains_take_it_also_for_values_of_others(
+    wrapped: bool,
+    batch: int,
+    num_critics: int,
+    action_dim: int,
+    precision: Precision,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if getattr(torch, precision) not in TYPES:
+        pytest.skip("the processor has no bfloat16 products")
     operator = torch.ops.nclql_torchrl.fused_gradient.default
     calls: list[int] = []
 
@@ -162,16 +175,18 @@ def test_compiled_chains_take_it_also_for_values_of_others(wrapped: bool, monkey
     monkeypatch.setattr(execution.torch, "compile", partial(torch.compile, backend=backend))
     loads: list[bool] = []
     monkeypatch.setattr(fused_gradient, "load", lambda: loads.append(True))
-    value = ensemble()
+    value = ensemble(batch, num_critics, action_dim, precision=precision)
     if wrapped:
         value = ResampledActionValue(value, (0, 2), torch.tensor([0, 2]))
-    bound = torch.ones(2)
+    bound = torch.ones(action_dim)
     schedule = NoiseSchedule(2, 0.012, 0.01) if wrapped else NoiseSchedule(3, 0.02, 0.01)
     chain = LangevinSampler(-bound, bound, schedule, steps_per_level=1, w=5.0, execution="compile")
-    start, noise = torch.rand(6, 2) * 2 - 1, torch.randn(schedule.num_levels, 1, 6, 2)
+    start, noise = torch.rand(batch, action_dim) * 2 - 1, torch.randn(schedule.num_levels, 1, batch, action_dim)
     eager = LangevinSampler(-bound, bound, schedule, steps_per_level=1, w=5.0)
-    # Two programs that round each of a few dozen float32 operations differently.
-    torch.testing.assert_close(chain(value, start, noise), eager(value, start, noise), atol=1e-5, rtol=0)
+    # Two programs that round each of a few dozen float32 operations differently; or operands to 8 bits, on which a step
+    # of step_size w / 2 along a unit vector turns by a few percent.
+    found, expected = chain(value, start, noise), eager(value, start, noise)
+    torch.testing.assert_close(found, expected, atol=1e-5 if precision == "float32" else 1e-3, rtol=0)
     assert calls and set(calls) == {1}, "in the loop over the levels"
     assert loads == [True], "by whoever runs the chain, before it is compiled"
 
