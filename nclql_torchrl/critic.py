@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from tensordict import TensorDictBase, TensorDictParams
 from torch import Tensor, nn
 
-from nclql_torchrl import fused_gradient
-from nclql_torchrl.fused_gradient import FusedCritics
+from nclql_torchrl.fused_gradient import FusedCritics, may_fuse
 from nclql_torchrl.langevin import action_range
 from nclql_torchrl.mish import mish_with_slope
 from nclql_torchrl.products import batched_product
@@ -343,7 +342,7 @@ class EnsembleActionValue(ActionValue):
         # Cast once per chain. Float64 stays: the option is about the speed of float32.
         dtype = torch.bfloat16 if self.precision == "bfloat16" and first.dtype == torch.float32 else first.dtype
         fused = None
-        if not weights.norms and _may_fuse(observation_features, hidden, dtype):
+        if not weights.norms and may_fuse(observation_features, hidden, dtype):
             output, num_states = (output_weight, output_bias), observation_features.shape[1]
             fused = FusedCritics.of(action_weight * scale, hidden, output, dtype, num_states)
         fixed = {
@@ -359,19 +358,6 @@ class EnsembleActionValue(ActionValue):
             "fused": fused,
         }
         return lambda level: EnsembleLevelValue(observation_features, entry(level_features, level, dim=1), **fixed)
-
-
-def _may_fuse(observation_features: Tensor, hidden: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> bool:
-    """Whether a chain takes its gradients from the fused operator: compiled ones on a CPU do.
-
-    The operator has no derivative, and is not there where an exported program runs.
-    """
-    return (
-        torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-        and not torch.is_grad_enabled()
-        and fused_gradient.is_fusable(observation_features, hidden, dtype)
-    )
 
 
 Backward = Callable[[Tensor], Tensor]

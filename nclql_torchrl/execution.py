@@ -59,7 +59,7 @@ def check_execution(execution: str) -> None:
             "execution is 'cudagraph', but this machine has no CUDA device; expected 'compile', 'eager', or "
             "'auto', which chooses what the machine can do."
         )
-    if execution == "compile" and not torch.cuda.is_available() and not _has_cpp_compiler():
+    if execution == "compile" and not torch.cuda.is_available() and cpp_compiler() is None:
         raise RuntimeError(
             "execution is 'compile', but neither $CXX, g++ nor clang++ is a C++ compiler here; expected 'eager', "
             "or 'auto', which chooses what the machine can do."
@@ -71,7 +71,7 @@ def resolve(execution: Execution, device: str) -> Execution:
     if execution != "auto":
         return execution
     # On a GPU, too: Triton builds its launchers with the host's compiler.
-    if not _has_cpp_compiler():
+    if cpp_compiler() is None:
         return "eager"
     if device == "cuda":
         return "cudagraph" if has_triton() else "eager"
@@ -327,7 +327,3 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = previous
-
-
-def _has_cpp_compiler() -> bool:
-    return cpp_compiler() is not None

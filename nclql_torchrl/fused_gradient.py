@@ -161,6 +161,19 @@ def _load() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if has_bfloat16 else (torch.float32,)
 
 
+def may_fuse(observation_features: Tensor, hidden: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> bool:
+    """Whether what is being compiled takes the gradients of these critics from the operator; arguments as below.
+
+    The operator has no derivative, and is not there where an exported program runs.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and not torch.is_grad_enabled()
+        and is_fusable(observation_features, hidden, dtype)
+    )
+
+
 def is_fusable(observation_features: Tensor, hidden: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> bool:
     """Whether the operator has been loaded and can compute the gradient of these critics.
 

@@ -82,20 +82,28 @@ def processor_flags() -> set[str]:
         >>> "no such instruction" in processor_flags()
         False
     """
-    return set(_of_processor("flags").split())
+    return set(processor_entry("flags").split())
 
 
-def _processor() -> str:
-    return _of_processor("model name") or platform.processor() or platform.machine()
+def processor_entry(name: str) -> str:
+    """An entry of Linux's description of the first processor; empty where there is none.
 
+    Args:
+        name: such as "vendor_id".
 
-def _of_processor(name: str) -> str:
-    """An entry of Linux's description of the first processor; empty where there is none."""
+    Examples:
+        >>> processor_entry("no such entry")
+        ''
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ""
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
+
+
+def _processor() -> str:
+    return processor_entry("model name") or platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -6,12 +6,13 @@ AMD EPYC oneDNN, which torch brings too but takes for bfloat16 only, is twice as
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from nclql_torchrl.machine import processor_entry
 
 MANY_MULTIPLICATIONS = 2**22
 """Multiplications in each product of a batch, from which on oneDNN spares more time than calling it costs: 64 rows and
@@ -25,12 +26,8 @@ def is_mkl_slow() -> bool:
         >>> is_mkl_slow() in (True, False)
         True
     """
-    try:
-        processor = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
     return (
-        "GenuineIntel" not in processor
+        processor_entry("vendor_id") not in ("", "GenuineIntel")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()

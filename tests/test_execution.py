@@ -144,7 +144,7 @@ def test_a_loop_over_the_levels_is_eager_with_every_kernel(kernel: str, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not execution._has_cpp_compiler(), reason="needs a C++ compiler")
+@pytest.mark.skipif(machine.cpp_compiler() is None, reason="needs a C++ compiler")
 def test_a_library_that_a_killed_process_left_empty_is_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
     emptied: list[Path] = []
     said: list[str] = []

@@ -149,6 +149,18 @@ def ensemble(batch: int = 6, num_critics: int = 2, action_dim: int = 2, **option
     )  # fmt: skip
 
 
+def counting(calls: list[int]) -> Callable[..., Any]:
+    """A backend of torch.compile that runs graphs as they are and notes each one's calls of the operator."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: object) -> Callable[..., Any]:
+        operator = torch.ops.nclql_torchrl.fused_gradient.default
+        parts = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        calls.append(sum(node.target is operator for part in parts for node in part.graph.nodes))
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    return backend
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("wrapped", "batch", "num_critics", "action_dim"),
@@ -164,15 +176,8 @@ def test_compiled_chains_take_it_also_for_values_of_others(
 ) -> None:
     if getattr(torch, precision) not in TYPES:
         pytest.skip("the processor has no bfloat16 products")
-    operator = torch.ops.nclql_torchrl.fused_gradient.default
     calls: list[int] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: object) -> Callable[..., Any]:
-        parts = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
-        calls.append(sum(node.target is operator for part in parts for node in part.graph.nodes))
-        return lookup_backend("aot_eager")(graph, inputs)
-
-    monkeypatch.setattr(execution.torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(execution.torch, "compile", partial(torch.compile, backend=counting(calls)))
     loads: list[bool] = []
     monkeypatch.setattr(fused_gradient, "load", lambda: loads.append(True))
     value = ensemble(batch, num_critics, action_dim, precision=precision)
@@ -193,15 +198,9 @@ def test_compiled_chains_take_it_also_for_values_of_others(
 
 def traced(function: Callable[..., Any], *inputs: Tensor) -> tuple[Any, int]:
     """What the compiled function returns, and how many calls of the operator its graph has."""
-    calls = 0
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        nonlocal calls
-        operator = torch.ops.nclql_torchrl.fused_gradient.default
-        calls += sum(node.target is operator for node in graph.graph.nodes)
-        return lookup_backend("aot_eager")(graph, inputs)
-
-    return torch.compile(function, backend=backend, fullgraph=True)(*inputs), calls
+    calls: list[int] = []
+    result = torch.compile(function, backend=counting(calls), fullgraph=True)(*inputs)
+    return result, sum(calls)
 
 
 @pytest.mark.parametrize("reduction", get_args(EnsembleReduction))

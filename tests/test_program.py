@@ -10,12 +10,13 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from nclql_torchrl import LangevinActor, NoiseSchedule, execution, program
+from nclql_torchrl import LangevinActor, NoiseSchedule, program
+from nclql_torchrl.machine import cpp_compiler
 from nclql_torchrl.program import DETERMINISTIC, SAMPLING, SamplingPolicy, compile_programs, load_program
 
 MakeActor = Callable[..., LangevinActor]
 
-needs_compiler = pytest.mark.skipif(not execution._has_cpp_compiler(), reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(cpp_compiler() is None, reason="needs a C++ compiler")
 
 
 @pytest.fixture
